@@ -1,0 +1,113 @@
+"""What a network predicts: a row y = c(t) x + d(t) z, and the one 2x2 solve that converts between rows.
+
+With x_t = a x + b z and det = a d - b c, any other row y2 = c2 x + d2 z of the same pair (x, z) is
+
+    y2 = [ (c2 d - d2 c) x_t + (a d2 - b c2) y ] / det
+
+so every conversion (to x, z, velocity, score, ...) is this line with other coefficients. The rows are exact for posterior
+means as well, because they are linear in (x, z) at fixed x_t.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from flowjax.paths import Path, expand
+
+
+def _edm(path, t, sigma_data=0.5):
+    # EDM's F (2206.00364 eq. 7 solved for the target), written for any path: F = (b/sd x - a sd z)/sqrt(a^2 sd^2 + b^2).
+    a, b = path.a(t), path.b(t)
+    norm = jnp.sqrt((a * sigma_data) ** 2 + b**2)
+    return b / sigma_data / norm, -a * sigma_data / norm
+
+
+# name -> (path, t) -> (c, d)
+PREDICTIONS: dict[str, Callable] = {
+    "x": lambda path, t: (jnp.ones_like(t), jnp.zeros_like(t)),
+    "eps": lambda path, t: (jnp.zeros_like(t), jnp.ones_like(t)),
+    "velocity": lambda path, t: (path.da(t), path.db(t)),
+    "v": lambda path, t: (-path.b(t), path.a(t)),
+    "score": lambda path, t: (jnp.zeros_like(t), -1.0 / path.b(t)),
+    "edm": _edm,
+}
+
+
+def row(path: Path, name: str, t):
+    """(c, d) of the prediction `name` at time t; ValueError on an unknown name."""
+    if name not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {name!r}; valid: {', '.join(PREDICTIONS)}")
+    t = jnp.asarray(t, dtype=jnp.result_type(t, jnp.float32))
+    return PREDICTIONS[name](path, t)
+
+
+def target(path: Path, name: str, x, z, t):
+    """The regression target y = c x + d z, shape of x."""
+    c, d = row(path, name, t)
+    return expand(c, x) * x + expand(d, z) * z
+
+
+def convert(path: Path, source: str, goal: str, y, x_t, t):
+    """Turn a prediction y of kind `source` into kind `goal` at x_t (B, ...), t scalar or (B,).
+
+    Returns y itself when the kinds agree. Singular where the source carries no information about the goal (for example
+    eps -> x at t = 1 of the rectified path); there the result is infinite or NaN.
+    """
+    if source == goal:
+        row(path, goal, t)  # still refuse unknown names
+        return y
+    t = jnp.asarray(t, dtype=jnp.result_type(t, jnp.float32))
+    a, b = path.a(t), path.b(t)
+    c, d = row(path, source, t)
+    c2, d2 = row(path, goal, t)
+    det = a * d - b * c
+    on_x_t, on_y = (c2 * d - d2 * c) / det, (a * d2 - b * c2) / det
+    return expand(on_x_t, x_t) * x_t + expand(on_y, y) * y
+
+
+def to_x_and_z(path: Path, name: str, y, x_t, t):
+    """The pair (x, z) that a prediction y of kind `name` implies at x_t."""
+    return convert(path, name, "x", y, x_t, t), convert(path, name, "eps", y, x_t, t)
+
+
+def gain(path: Path, name: str, t):
+    """k = |a d - b c| / b: ||y_hat - y|| = k ||x_hat - x|| at the same x_t, for exactly converted predictions."""
+    c, d = row(path, name, t)
+    return jnp.abs(path.a(t) * d - path.b(t) * c) / path.b(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network together with the meaning of its output.
+
+    apply(x_t, t, cond, key) -> y with t of shape (B,). `key` is None for a deterministic call and a PRNG key when the
+    network should use dropout. `null(cond)` returns the condition that means "no condition".
+    """
+
+    apply: Callable[..., Any]
+    path: Path
+    prediction: str
+    null: Callable[[Any], Any] | None = None
+
+    def __call__(self, x_t, t, cond=None, key=None):
+        """y for x_t (B, ...) at t, scalar or (B,)."""
+        t = jnp.broadcast_to(jnp.asarray(t, jnp.result_type(t, jnp.float32)), x_t.shape[:1])
+        return self.apply(x_t, t, cond, key)
+
+    def get(self, goal: str, x_t, t, cond=None, key=None):
+        """The prediction converted to `goal`: "x", "eps", "velocity", "v", "score" or "edm"."""
+        return convert(self.path, self.prediction, goal, self(x_t, t, cond, key), x_t, t)
+
+    def x_and_z(self, x_t, t, cond=None, key=None):
+        """(x_hat, z_hat) from one network call."""
+        return to_x_and_z(self.path, self.prediction, self(x_t, t, cond, key), x_t, t)
+
+    def bind(self, cond):
+        """The same model with its condition fixed, as samplers take it."""
+        return dataclasses.replace(self, apply=lambda x_t, t, _, key: self.apply(x_t, t, cond, key))
+
+    def replace(self, **changes):
+        """A copy with fields changed."""
+        return dataclasses.replace(self, **changes)
