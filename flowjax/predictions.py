@@ -10,7 +10,7 @@ means as well, because they are linear in (x, z) at fixed x_t.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -78,18 +78,30 @@ def gain(path: Path, name: str, t):
     return jnp.abs(path.a(t) * d - path.b(t) * c) / path.b(t)
 
 
+class Memory(NamedTuple):
+    """What a model wants to remember from one sampling step to the next (momentum of a guidance, a feature cache).
+
+    init(x) -> state at the start of a trajectory; apply(x_t, t, cond, key, state) -> (y, next state).
+    """
+
+    init: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A network together with the meaning of its output.
 
     apply(x_t, t, cond, key) -> y with t of shape (B,). `key` is None for a deterministic call and a PRNG key when the
-    network should use dropout. `null(cond)` returns the condition that means "no condition".
+    network should use dropout. `null(cond)` returns the condition that means "no condition". `memory` is None for a
+    pure function of its arguments; else the sampling driver carries its state, and `apply` is the model with none yet.
     """
 
     apply: Callable[..., Any]
     path: Path
     prediction: str
     null: Callable[[Any], Any] | None = None
+    memory: Memory | None = None
 
     def __call__(self, x_t, t, cond=None, key=None):
         """y for x_t (B, ...) at t, scalar or (B,)."""
@@ -106,7 +118,10 @@ class Model:
 
     def bind(self, cond):
         """The same model with its condition fixed, as samplers take it."""
-        return dataclasses.replace(self, apply=lambda x_t, t, _, key: self.apply(x_t, t, cond, key))
+        memory = self.memory and Memory(
+            self.memory.init, lambda x_t, t, _, key, state: self.memory.apply(x_t, t, cond, key, state)
+        )
+        return dataclasses.replace(self, apply=lambda x_t, t, _, key: self.apply(x_t, t, cond, key), memory=memory)
 
     def replace(self, **changes):
         """A copy with fields changed."""
