@@ -1,0 +1,45 @@
+"""The networks, by name. A config's model section is {"name": ..., fields} or {"name": ..., "preset": ..., other fields}."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from flowjax.config import ConfigError, check, lookup, split
+from flowjax.models.classifier import Classifier
+from flowjax.models.dit import DiT
+from flowjax.models.mlp import MLP
+from flowjax.paths import Path
+from flowjax.predictions import Model
+
+MODELS: dict[str, type[nn.Module]] = {
+    "classifier": Classifier,
+    "dit": DiT,
+    "mlp": MLP,
+}
+
+
+def build(section: Mapping[str, Any] | str, where: str = "model") -> nn.Module:
+    """The module that a config section describes; ConfigError on an unknown, missing, mistyped or contradictory setting.
+
+    `preset` names an entry of the class's `presets`. A field that the preset fixes may be repeated, not changed.
+    """
+    name, settings = split(section, where)
+    module = lookup(MODELS, name, f"{where}.name")
+    if preset := settings.pop("preset", None):
+        fixed = lookup(getattr(module, "presets", {}), preset, f"{where}.preset")
+        for key in fixed.keys() & settings.keys():
+            if settings[key] != fixed[key]:
+                raise ConfigError(f"{where}.{key} = {settings[key]!r} contradicts preset {preset!r}, where it is {fixed[key]!r}")
+        settings = {**settings, **fixed}
+    return module(**check(module, settings, where, given=("parent", "name")))
+
+
+def denoiser(module: nn.Module, params, path: Path, prediction: str) -> Model:
+    """The network with these (unboxed) parameters as a `Model`; a key given at a call switches dropout on."""
+
+    def apply(x_t, t, cond, key):
+        rngs = None if key is None else {"dropout": key}
+        return module.apply({"params": params}, x_t, t, cond or {}, train=key is not None, rngs=rngs)
+
+    return Model(apply, path, prediction, module.null)
