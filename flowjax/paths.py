@@ -23,6 +23,11 @@ def expand(coefficient, x):
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
 
 
+def as_time(t):
+    """t as an array of at least float32; a Python number takes the default precision (float64 when that is enabled)."""
+    return jnp.asarray(t, jnp.promote_types(jnp.result_type(t, float), jnp.float32))
+
+
 @dataclasses.dataclass(frozen=True)
 class Path:
     """A Gaussian path.
@@ -32,11 +37,12 @@ class Path:
     """
 
     name: str
-    a: Callable[[Array], Array]
-    b: Callable[[Array], Array]
-    time_of_sigma: Callable[[Array], Array]
+    a: Callable[[Array], Array] = dataclasses.field(compare=False)
+    b: Callable[[Array], Array] = dataclasses.field(compare=False)
+    time_of_sigma: Callable[[Array], Array] = dataclasses.field(compare=False)
     t_min: float = 0.0
     t_max: float = 1.0
+    settings: tuple[float, ...] = ()  # with the name, what makes two paths the same path
 
     def da(self, t):
         """da/dt."""
@@ -80,7 +86,7 @@ class Path:
 
 
 def _derivative(f, t):
-    t = jnp.asarray(t, dtype=jnp.result_type(t, jnp.float32))
+    t = as_time(t)
     return jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
 
 
@@ -97,6 +103,7 @@ def trigonometric(sigma_data: float = 1.0) -> Path:
         lambda t: jnp.cos(half_pi * t),
         lambda t: sigma_data * jnp.sin(half_pi * t),
         lambda s: jnp.arctan(s / sigma_data) / half_pi,
+        settings=(sigma_data,),
     )
 
 
@@ -115,7 +122,14 @@ def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> Path:
         # Root of slope t^2 / 2 + beta_min t = y, in the form that does not cancel for small y.
         return 2 * y / (beta_min + jnp.sqrt(beta_min**2 + 2 * slope * y))
 
-    return Path("vp_linear", lambda t: jnp.exp(log_a(t)), lambda t: jnp.sqrt(-jnp.expm1(2 * log_a(t))), time_of_sigma, t_min=1e-5)
+    return Path(
+        "vp_linear",
+        lambda t: jnp.exp(log_a(t)),
+        lambda t: jnp.sqrt(-jnp.expm1(2 * log_a(t))),
+        time_of_sigma,
+        t_min=1e-5,
+        settings=(beta_min, beta_max),
+    )
 
 
 def vp_cosine(offset: float = 0.008) -> Path:
@@ -133,7 +147,7 @@ def vp_cosine(offset: float = 0.008) -> Path:
     def time_of_sigma(s):
         return (jnp.arccos(cos0 / jnp.sqrt(1 + s**2)) - u0) / scale
 
-    return Path("vp_cosine", lambda t: jnp.cos(scale * t + u0) / cos0, b, time_of_sigma, t_min=1e-5)
+    return Path("vp_cosine", lambda t: jnp.cos(scale * t + u0) / cos0, b, time_of_sigma, t_min=1e-5, settings=(offset,))
 
 
 def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Path:
@@ -144,12 +158,13 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Path:
         lambda t: jnp.ones_like(t),
         lambda t: sigma_min * jnp.exp(log_ratio * t),
         lambda s: jnp.log(s / sigma_min) / log_ratio,
+        settings=(sigma_min, sigma_max),
     )
 
 
 def edm(sigma_max: float = 80.0) -> Path:
     """EDM (2206.00364) with time scaled to [0, 1]: a = 1, b = sigma_max t. Pair it with the `karras` grid."""
-    return Path("edm", lambda t: jnp.ones_like(t), lambda t: sigma_max * t, lambda s: s / sigma_max)
+    return Path("edm", lambda t: jnp.ones_like(t), lambda t: sigma_max * t, lambda s: s / sigma_max, settings=(sigma_max,))
 
 
 PATHS = {

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from flowjax.paths import Path, expand
+from flowjax.paths import Path, as_time, expand
 
 
 def _edm(path, t, sigma_data=0.5):
@@ -39,7 +39,7 @@ def row(path: Path, name: str, t):
     """(c, d) of the prediction `name` at time t; ValueError on an unknown name."""
     if name not in PREDICTIONS:
         raise ValueError(f"unknown prediction {name!r}; valid: {', '.join(PREDICTIONS)}")
-    t = jnp.asarray(t, dtype=jnp.result_type(t, jnp.float32))
+    t = as_time(t)
     return PREDICTIONS[name](path, t)
 
 
@@ -58,7 +58,7 @@ def convert(path: Path, source: str, goal: str, y, x_t, t):
     if source == goal:
         row(path, goal, t)  # still refuse unknown names
         return y
-    t = jnp.asarray(t, dtype=jnp.result_type(t, jnp.float32))
+    t = as_time(t)
     a, b = path.a(t), path.b(t)
     c, d = row(path, source, t)
     c2, d2 = row(path, goal, t)
@@ -105,7 +105,7 @@ class Model:
 
     def __call__(self, x_t, t, cond=None, key=None):
         """y for x_t (B, ...) at t, scalar or (B,)."""
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.result_type(t, jnp.float32)), x_t.shape[:1])
+        t = jnp.broadcast_to(as_time(t), x_t.shape[:1])
         return self.apply(x_t, t, cond, key)
 
     def get(self, goal: str, x_t, t, cond=None, key=None):

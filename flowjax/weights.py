@@ -10,7 +10,7 @@ Sources: SNR, SNR + 1, truncated SNR: progressive distillation 2202.00512 sec. 4
 import jax.numpy as jnp
 
 from flowjax import config, predictions, times
-from flowjax.paths import Path
+from flowjax.paths import Path, as_time
 
 
 def _determinant(path, prediction, t):
@@ -84,6 +84,6 @@ def loss_weight(section, path: Path, prediction: str, t):
     the value at its bound is used: the weights of eps and score where a = 0, and of x and score where b = 0, have no finite
     limit in general, and where they have one this is it (1 for SNR and min-SNR on eps at zero SNR).
     """
-    t = jnp.clip(jnp.asarray(t, jnp.result_type(t, jnp.float32)), *times.interval(path, prediction))
+    t = jnp.clip(as_time(t), *times.interval(path, prediction))
     on_x = config.build(WEIGHTS, section, "weight", path=path, prediction=prediction, t=t)
     return on_x / _determinant(path, prediction, t) ** 2
