@@ -1,0 +1,207 @@
+"""generated images + real splits -> measurements, each beside what real images score in the same place.
+
+The reference is always the held-out split: a network trained on the train split has seen its images, and so may the generator have.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowjax.config import ConfigError, bind, check
+from flowjax.evals import agreement as agreement_
+from flowjax.evals import frechet as frechet_
+from flowjax.evals import kid as kid_
+from flowjax.evals import memorisation as memorisation_
+from flowjax.evals import prdc as prdc_
+from flowjax.evals.features import Features, extractor, fingerprint
+from flowjax.evals.image import QUANTISATION, quantise
+
+BLOCK = 8192  # images per batch of streamed statistics
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What the metrics look at: uint8 images (N, H, W, C) and integer labels (N,) of the three sets; asked is None if unconditional."""
+
+    generated: np.ndarray
+    asked: np.ndarray | None
+    train: np.ndarray
+    train_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+    features: tuple[Features, ...]
+    judge: agreement_.Judge | None
+    seed: int
+
+    @functools.cached_property
+    def compared(self) -> list[tuple[Features, np.ndarray, np.ndarray]]:
+        """(network, generated features, held-out features) for every feature network."""
+        return [(net, net(self.generated), net(self.test)) for net in self.features]
+
+    def label(self, prefix: str, net: Features) -> str:
+        """The full name of a number: metric, network with hash, sample count."""
+        return f"{prefix}-{net.name}@{len(self.generated)}"
+
+
+def frechet(sets: Sets) -> dict:
+    """Frechet distances to the held-out and to the train split, with what real images score.
+
+    distance         generated to held-out; distance_to_train: far below it is a sign of memorisation
+    train_to_test    the whole train split to held-out; ratio = distance / train_to_test
+    floor            as many train images as were generated (`floor_samples`, fewer where train has fewer) to held-out
+    expected_bias    what perfect samples would score at this count, were the features Gaussian (leading order)
+    rank_deficient   fewer samples than features: the value says more about the count than about the model
+    """
+    out = {}
+    for net, generated, test in sets.compared:
+        own, held_out = frechet_.statistics(generated), frechet_.statistics(test)
+        train = frechet_.stream(net(sets.train[i : i + BLOCK]) for i in range(0, len(sets.train), BLOCK))
+        some = np.random.default_rng(sets.seed).permutation(len(sets.train))[: len(generated)]
+        real = frechet_.distance(train, held_out)
+        value = frechet_.distance(own, held_out)
+        out[sets.label("FD", net)] = {
+            "distance": value,
+            "distance_to_train": frechet_.distance(own, train),
+            "train_to_test": real,
+            "ratio": value / real if real > 0 else None,
+            "floor": frechet_.distance(frechet_.statistics(net(sets.train[some])), held_out),
+            "floor_samples": len(some),
+            "expected_bias": frechet_.expected_bias(held_out.cov, own.n, held_out.n),
+            "rank_deficient": min(own.n, held_out.n) <= net.dim,
+        }
+    return out
+
+
+def kid(sets: Sets, subsets: int = 100, subset_size: int = 1000) -> dict:
+    """Unbiased cubic-kernel MMD^2 to the held-out split, and of train to held-out (`floor`); subsets shrink to the smallest set."""
+    size = min(subset_size, len(sets.generated), len(sets.test), len(sets.train))
+    out = {}
+    for net, generated, test in sets.compared:
+        value, spread = kid_.kid(generated, test, subsets, size, sets.seed)
+        some = np.random.default_rng(sets.seed).permutation(len(sets.train))[: len(test)]
+        floor, _ = kid_.kid(net(sets.train[some]), test, subsets, size, sets.seed)
+        out[sets.label("KID", net)] = {"distance": value, "subset_sd": spread, "floor": floor, "subset_size": size}
+    return out
+
+
+def prdc(sets: Sets, k_precision: int = 3, k_density: int = 5) -> dict:
+    """Precision, recall, density and coverage against held-out, on equal counts (the larger set is cut at random), and `real`:
+    the same of as many train images.
+    """
+    n = min(len(sets.generated), len(sets.test), len(sets.train))
+    rng = np.random.default_rng(sets.seed)
+    mine, held, some = (rng.permutation(len(x))[:n] for x in (sets.generated, sets.test, sets.train))
+
+    def both(real, generated):
+        return {
+            **prdc_.precision_recall(real=real, generated=generated, k=k_precision),
+            **prdc_.density_coverage(real=real, generated=generated, k=k_density),
+        }
+
+    return {
+        sets.label("PRDC", net): {
+            **both(test[held], generated[mine]),
+            "samples": n,
+            "real": both(test[held], net(sets.train[some])),
+        }
+        for net, generated, test in sets.compared
+    }
+
+
+def agreement(sets: Sets) -> dict:
+    """Share of samples that the independent judge assigns to the asked class, and the judge's own accuracy on held-out images."""
+    if sets.asked is None:
+        raise ConfigError("evals.metrics: agreement needs the labels that the samples were asked for; these are unconditional")
+    own = agreement_.agreement(sets.test, sets.test_labels, sets.judge)["agreement"]
+    name = f"{sets.judge.name}-{sets.judge.hash[:8]}"
+    return {**agreement_.agreement(sets.generated, sets.asked, sets.judge), "judge": name, "judge_accuracy": own}
+
+
+def memorisation(sets: Sets, quantile: float = 0.05, limit: int = 2000) -> dict:
+    """Nearest-neighbour evidence of copying, per feature network (see flowjax.evals.memorisation)."""
+    return {
+        sets.label("NN", net): memorisation_.memorisation(generated, net(sets.train), test, quantile, limit, sets.seed)
+        for net, generated, test in sets.compared
+    }
+
+
+METRICS = {"frechet": frechet, "kid": kid, "prdc": prdc, "agreement": agreement, "memorisation": memorisation}
+
+
+def _split(data: Mapping, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if name not in data or not {"x", "label"} <= set(data[name]):
+        raise ConfigError(f"evals: data.{name} must hold x and label")
+    x, label = np.asarray(data[name]["x"]), np.asarray(data[name]["label"])
+    images = quantise(x, f"data.{name}.x")
+    if abs(x).max() > 1 + 1e-3:
+        raise ConfigError(f"data.{name}.x must be in [-1, 1], got [{x.min():g}, {x.max():g}]")
+    if label.shape != (len(x),) or label.dtype.kind not in "iu":
+        raise ConfigError(f"data.{name}.label must be {len(x)} integers, got shape {label.shape} of {label.dtype}")
+    return images, label
+
+
+def evaluate(images: np.ndarray, labels: np.ndarray | None, data: Mapping, settings: Mapping) -> dict:
+    """Measure generated images against real ones.
+
+    Args:
+      images: generated, float (N, H, W, C) around [-1, 1]; rounded to 8 bits here, once.
+      labels: the asked classes, int (N,), or None.
+      data: {"train": {"x": (M, H, W, C) in [-1, 1], "label": (M,)}, "test": the same}.
+      settings: metrics, features, judge, seed, cache: see `select`.
+
+    Returns:
+      {metric: its measurements} for every metric asked for, and "circumstances": what a protocol.Record wants to know of it (sample
+      count, features, reference hashes, rounding) with the share of pixel values that were clipped by more than one grey level.
+
+    Raises:
+      ConfigError: images of wrong shape, range or too few, NaN, labels that no class has, or settings that do not exist.
+    """
+    return _evaluate(images, labels, data, **check(_evaluate, settings, "evals", ("images", "labels", "data")))
+
+
+def _evaluate(
+    images,
+    labels,
+    data,
+    metrics=("frechet", "kid", "prdc", "agreement", "memorisation"),
+    features=("pixels", "classifier"),
+    judge="svm",
+    seed: int = 0,
+    cache: str = None,
+) -> dict:
+    """metrics: names of METRICS or sections with a name; features: likewise of FEATURES; judge: of JUDGES; cache: folder for networks."""
+    chosen = [bind(METRICS, section, "evals.metrics", ("sets",)) for section in metrics]
+    (train, train_labels), (test, test_labels) = _split(data, "train"), _split(data, "test")
+    generated = quantise(images, "generated images")
+    if not train.shape[1:] == test.shape[1:] == generated.shape[1:]:
+        raise ConfigError(f"image shapes differ: generated {generated.shape[1:]}, train {train.shape[1:]}, test {test.shape[1:]}")
+    smallest = min(len(generated), len(test), len(train))
+    if smallest < 10:
+        raise ConfigError(f"evaluation needs at least 10 images in every set, the smallest has {smallest}")
+    if labels is not None:
+        labels = np.asarray(labels)
+        unknown = np.setdiff1d(labels, train_labels)
+        if labels.shape != (len(generated),) or len(unknown):
+            raise ConfigError(
+                f"labels of shape {labels.shape} for {len(generated)} images; values that the train split lacks: {unknown.tolist()}"
+            )
+    nets = tuple(extractor(section, train, train_labels, cache) for section in features)
+    asks_judge = any(metric.func is agreement for metric in chosen)
+    sets = Sets(
+        generated, labels, train, train_labels, test, test_labels, nets,
+        agreement_.judge(judge, train, train_labels) if asks_judge else None, seed,
+    )  # fmt: skip
+    results = {metric.func.__name__: metric(sets) for metric in chosen}
+    results["circumstances"] = {
+        "samples": len(generated),
+        "features": [net.name for net in nets],
+        "reference": {
+            name: {"count": len(x), "hash": fingerprint(x, np.asarray(y, np.int64))[:16]}
+            for name, x, y in (("train", train, train_labels), ("test", test, test_labels))
+        },
+        "quantisation": QUANTISATION,
+        "clipped": float(np.mean(np.abs(images) > 1 + 1 / 127.5)),
+    }
+    return results
