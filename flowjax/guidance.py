@@ -49,9 +49,10 @@ def interval(
     """
     if (sigma_low is not None and t_low != 0.0) or (sigma_high is not None and t_high != 1.0):
         raise ConfigError("guidance.interval: give a bound as t or as sigma, not both")
-    low = t_low if sigma_low is None else model.path.time_of_sigma(jnp.asarray(sigma_low, jnp.result_type(float)))
-    high = t_high if sigma_high is None else model.path.time_of_sigma(jnp.asarray(sigma_high, jnp.result_type(float)))
-    if low >= high:
+    with jax.ensure_compile_time_eval():
+        low = t_low if sigma_low is None else float(model.path.time_of_sigma(jnp.asarray(sigma_low, float)))
+        high = t_high if sigma_high is None else float(model.path.time_of_sigma(jnp.asarray(sigma_high, float)))
+    if not low < high:
         raise ConfigError(f"guidance.interval: lower bound t = {low} is not below upper bound t = {high}")
     if _equals(scale, 1):
         return _wrap(model, model.apply)
@@ -93,8 +94,8 @@ def autoguidance(model: Model, scale: float, bad: Model) -> Model:
 
     `bad` is a smaller or less trained network on the same path; its prediction may be of another kind.
     """
-    if bad.path.name != model.path.name:
-        raise ConfigError(f"guidance.bad is a model of path {bad.path.name!r}, the guided one of {model.path.name!r}")
+    if bad.path != model.path:
+        raise ConfigError(f"guidance.bad is a model of the path {bad.path.name!r} and not of the guided one, {model.path.name!r}")
     if _equals(scale, 1):
         return _wrap(model, model.apply)
 
