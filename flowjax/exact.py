@@ -234,8 +234,9 @@ class GaussianMixture:
         low, high = jax.lax.fori_loop(0, jnp.finfo(goal.dtype).nmant + 8, halve, (ends.min(axis=1), ends.max(axis=1)))
         y = (low + high) / 2
         slope = jax.jvp(lambda y: logit_cdf(y, frozen_s), (y,), (jnp.ones_like(y),))[1]
-        # One Newton step from a constant start: polishes y and carries the implicit derivatives in x_t, t and s.
-        return y - (logit_cdf(y, s) - goal) / slope
+        # A Newton step whose value is zero carries the implicit derivatives in x_t, t and s; the slope underflows in gaps.
+        residual = logit_cdf(y, s) - goal
+        return y - (residual - jax.lax.stop_gradient(residual)) / jnp.maximum(slope, jnp.finfo(slope.dtype).tiny)
 
     def _rk4_map(self, path, x_t, t, s, label, steps):
         # Trajectories of all paths coincide after x / (a + b) and b / (a + b), so the smooth rectified path integrates them all.
