@@ -9,13 +9,17 @@ from flowjax.config import ConfigError, check, lookup, split
 from flowjax.models.classifier import Classifier
 from flowjax.models.dit import DiT
 from flowjax.models.mlp import MLP
+from flowjax.models.unet import UNet
+from flowjax.models.vae import AutoencoderKL
 from flowjax.paths import Path
 from flowjax.predictions import Model
 
 MODELS: dict[str, type[nn.Module]] = {
+    "autoencoder_kl": AutoencoderKL,
     "classifier": Classifier,
     "dit": DiT,
     "mlp": MLP,
+    "unet": UNet,
 }
 
 
