@@ -47,6 +47,11 @@ def check(fn: Callable, settings: Mapping[str, Any], where: str, given: tuple[st
     return dict(settings)
 
 
+def keywords(section) -> dict[str, Any]:
+    """A section as keyword arguments, `name` included; a bare string is a name without settings."""
+    return {"name": section} if isinstance(section, str) else dict(section)
+
+
 def split(section: Mapping[str, Any] | str, where: str) -> tuple[str, dict[str, Any]]:
     """(name, other settings) of a section; a bare string is a name without settings."""
     if isinstance(section, str):

@@ -1,0 +1,1 @@
+"""Thin absl binaries: train, sample, evaluate, export. The work is in flowjax."""

@@ -1,0 +1,23 @@
+"""What every binary does around its work: refuse stray words, turn a ConfigError into one plain message."""
+
+import sys
+
+from absl import app
+
+from flowjax.config import ConfigError
+
+
+def run(main):
+    """absl's app.run for main() without positional arguments. Exit code 2 on bad settings."""
+
+    def guarded(argv):
+        if len(argv) > 1:
+            print(f"error: unexpected argument {argv[1]!r}; settings are given as --flag=value", file=sys.stderr)
+            return 2
+        try:
+            return main()
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    app.run(guarded)

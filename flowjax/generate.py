@@ -1,0 +1,55 @@
+"""Samples from a role: path, grid, sampler, guidance and codec put together, in batches, reproducibly.
+
+All randomness of sample i is a function of (seed, i): a set of samples does not change with the batch size or the sharding.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax import samplers, times
+from flowjax.config import ConfigError, build, keywords
+from flowjax.guidance import GUIDANCE
+
+
+def make(role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, bad=None):
+    """sample(params, seed, indices (B,), cond) -> (B, ...) data, to be jitted.
+
+    shape: of one (latent) example. sampler, grid, guidance: config sections ("none" for no guidance). codec: Latents of a
+    frozen autoencoder, which decodes the result. bad: Model for autoguidance.
+    """
+    if role.module.kind != "denoiser":
+        raise ConfigError(f"a network of kind {role.module.kind!r} cannot be sampled; only denoisers can")
+    if steps < 1:
+        raise ConfigError(f"sample.steps = {steps} should be at least 1")
+    supplied = {} if bad is None else {"bad": bad}
+    path = role.path
+    at = times.grid(steps, path, prediction=role.prediction, **keywords(grid))
+
+    def sample(params, seed, indices, cond):
+        model = role.net(params)
+        if guidance != "none":
+            model = build(GUIDANCE, guidance, "sample.guidance", model=model, **supplied)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+        start, walk = jax.vmap(lambda k: jax.random.split(k), out_axes=1)(keys)
+        x = samplers.noise(path, start, (len(indices), *shape), at[0])
+        x = samplers.sample(model, x, walk, at, sampler, cond=cond)
+        return x if codec is None else codec.decode(x)
+
+    return sample
+
+
+def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250) -> np.ndarray:
+    """Generate `count` samples with a jitted `sample`; the last batch is padded, never smaller (one compilation)."""
+    batch = min(batch, count)
+    out = []
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch)
+        part = {k: np.asarray(v)[np.minimum(rows, count - 1)] for k, v in cond.items()}
+        out.append(np.asarray(sample(params, seed, rows, part)))
+    return np.concatenate(out)[:count]
+
+
+def balanced_labels(count: int, num_classes: int) -> np.ndarray:
+    """0, 1, ..., K-1, 0, 1, ...: int32 (count,)."""
+    return (np.arange(count) % num_classes).astype(np.int32)

@@ -1,0 +1,59 @@
+"""Objectives: one file per method, one line per method in OBJECTIVES.
+
+An objective declares its roles (who takes part), its players (who is trained, by which loss, how often) and, where it
+makes data without gradients first, its rollout. Losses are pure:
+
+    rollout(nets, batch, key, **settings) -> batch            times, noise, dropped labels, trajectories: the whole global batch
+    loss(nets, batch, key, **settings) -> (scalar, metrics)   may see a slice of that batch; key is for dropout only
+
+`nets` maps a role to a callable closed over its parameters. Because all randomness that the loss depends on is drawn in
+the rollout, accumulating gradients over slices equals the large batch.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from flowjax import config
+from flowjax.objectives import consistency, dpo, flow_matching, vae
+from flowjax.objectives.base import GIVEN, Objective, Player
+
+OBJECTIVES: dict[str, Objective] = {
+    "flow_matching": flow_matching.OBJECTIVE,
+    "consistency_distillation": consistency.DISTILLATION,
+    "consistency_training": consistency.TRAINING,
+    "diffusion_dpo": dpo.OBJECTIVE,
+    "vae": vae.OBJECTIVE,
+}
+
+
+class BoundObjective(NamedTuple):
+    """An objective with its settings filled in: what the train step takes."""
+
+    roles: Mapping[str, str]
+    players: tuple[Player, ...]
+    rollout: Callable
+
+
+def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
+    """Fill settings into every function that names them; ConfigError when a key is named by none of them."""
+    functions = [p.loss for p in objective.players] + ([objective.rollout] if objective.rollout else [])
+    accepted = [config.arguments(fn, GIVEN) for fn in functions]
+    valid = {k: None for names in accepted for k in names}
+    for key in settings:
+        if key not in valid:
+            raise config.ConfigError(f"{where}.{key} is unknown; valid: {', '.join(valid)}")
+
+    def fill(fn, names):
+        return functools.partial(fn, **config.check(fn, {k: v for k, v in settings.items() if k in names}, where, GIVEN))
+
+    filled = [fill(fn, names) for fn, names in zip(functions, accepted)]
+    players = tuple(p._replace(loss=fn) for p, fn in zip(objective.players, filled))
+    rollout = filled[-1] if objective.rollout else lambda nets, batch, key: batch
+    return BoundObjective(objective.roles, players, rollout)
+
+
+def build(section, where: str = "objective") -> BoundObjective:
+    """The objective that a config section selects, with its settings checked."""
+    name, settings = config.split(section, where)
+    return bind(config.lookup(OBJECTIVES, name, f"{where}.name"), settings, where)

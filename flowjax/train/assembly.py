@@ -1,0 +1,202 @@
+"""A run assembled from its config: objective, roles, data, mesh, shardings, optimizers, and the functions to jit."""
+
+import jax
+import jax.numpy as jnp
+
+from flowjax import objectives
+from flowjax.config import ConfigError
+from flowjax.data.pipeline import pipeline
+from flowjax.models import sharding
+from flowjax.train import checkpoint, ema, export, optim, settings
+from flowjax.train import mesh as mesh_lib
+from flowjax.train import step as step_lib
+from flowjax.train.roles import build_role
+
+
+def build_roles(config, objective, where="config"):
+    """(roles, loaded): every role of the run, and (params, info) of those that come from a checkpoint."""
+    roles, loaded = {}, {}
+    known = {*objective.roles, "vae"}
+    for name in config["roles"]:
+        if name not in known or objective.roles.get(name, "").startswith("ema:"):
+            valid = [k for k in sorted(known) if not objective.roles.get(k, "").startswith("ema:")]
+            raise ConfigError(f"roles.{name} takes no part in objective {config['objective']!r}; valid: {', '.join(valid)}")
+    for name, kind in {**objective.roles, **({"vae": "frozen"} if "vae" in config["roles"] else {})}.items():
+        section = config["roles"].get(name)
+        if kind.startswith("ema:"):
+            if name not in config["ema"]:
+                raise ConfigError(f"objective {config['objective']['name']!r} needs an average ema.{name} of {kind.removeprefix('ema:')}")
+        elif kind == "frozen":
+            if not section or not section["checkpoint"]:
+                raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
+            if section["model"] or section["path"] or section["prediction"] or section["optimizer"] or section["every"]:
+                raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
+            roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+            loaded[name] = params, info
+        else:
+            section = section or {}
+            if name == "net":
+                if any(section.get(k) for k in ("model", "path", "prediction")):
+                    raise ConfigError("roles.net takes its network from config.model, config.path and config.prediction")
+                model, path, prediction = config["model"], config["path"], config["prediction"]
+            else:
+                model, path, prediction = (section.get(k) or config[k] for k in ("model", "path", "prediction"))
+            roles[name] = build_role(model, path, prediction, "model" if name == "net" else f"roles.{name}.model")
+            if section.get("checkpoint"):
+                _, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+                loaded[name] = params, info
+    return roles, loaded
+
+
+class Run:
+    """Everything of a run that is built once; `flowjax.train.loop` is the loop over it."""
+
+    def __init__(self, config, data_start: int = 0):
+        self.config = config = settings.resolve(config)
+        self.objective = objectives.build(config["objective"])
+        self.mesh = mesh_lib.make_mesh(**config["mesh"])
+        self.rules = {**sharding.RULES, **{k: tuple(v) if isinstance(v, list) else v for k, v in config["rules"].items()}}
+        unknown = set(config["rules"]) - set(sharding.RULES)
+        if unknown:
+            raise ConfigError(f"rules.{min(unknown)} is unknown; valid: {', '.join(sharding.RULES)}")
+        mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh)
+        self.pipeline = self.stream("train", config["seed"], data_start)
+        self.roles, self.loaded = build_roles(config, self.objective)
+        if any(r.module.kind == "denoiser" for r in self.roles.values()):
+            self._check_classes()
+        self.averages = {k: ema.build(v, f"ema.{k}") for k, v in config["ema"].items()}
+        for name, (_, of) in self.averages.items():
+            if self.objective.roles.get(of) != "trained":
+                raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
+        self.example = self._example()
+        self._places()
+
+    @property
+    def trained(self):
+        return [k for k, v in self.objective.roles.items() if v == "trained"]
+
+    def stream(self, split, seed, start=0, **options):
+        """A data pipeline of this process's rows."""
+        return pipeline(
+            self.config["data"], self.config["batch_size"], seed, split=split, start=start,
+            process_index=jax.process_index(), process_count=jax.process_count(), **options,
+        )
+
+    def _check_classes(self):
+        count = getattr(self.roles["net"].module, "num_classes", 0)
+        have = self.pipeline.num_classes
+        if count and have and count != have:
+            raise ConfigError(f"model.num_classes = {count} but the data has {have} classes")
+        if count and not have:
+            raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
+
+    def _example(self):
+        """One example as the network sees it: (x (1, ...), cond)."""
+        shape = tuple(self.pipeline.shape)
+        if "vae" in self.roles:
+            codec = self.roles["vae"].net(self.loaded["vae"][0])
+            shape = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1:]
+        cond = {"label": jnp.zeros((1,), jnp.int32)} if self.pipeline.num_classes else {}
+        return jnp.zeros((1, *shape), jnp.float32), cond
+
+    def _init_params(self, key):
+        boxed = {}
+        for i, name in enumerate(self.trained):
+            boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), *self.example)
+        return boxed
+
+    def _places(self):
+        from flax.core import meta
+
+        config = self.config
+        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+        places = {k: sharding.param_specs(v, self.mesh, self.rules) for k, v in boxed.items()}
+        shapes = meta.unbox(boxed)
+        self.transforms, self.schedules, every = {}, {}, {}
+        for name in self.trained:
+            section = config["roles"].get(name) or {}
+            where = "optimizer" if name == "net" or not section.get("optimizer") else f"roles.{name}.optimizer"
+            optimizer = section.get("optimizer") or config["optimizer"]
+            self.transforms[name], self.schedules[name] = optim.build(optimizer, shapes[name], config["steps"], where)
+            if section.get("every"):
+                every[name] = section["every"]
+        self.every = every
+
+        def init(key):
+            params = meta.unbox(self._init_params(key))
+            # Copies: the step donates its state, and a buffer cannot be donated twice.
+            averages = {k: jax.tree.map(lambda p: p.astype(jnp.float32) + 0, params[of]) for k, (_, of) in self.averages.items()}
+            opt = {k: self.transforms[k].init(params[k]) for k in self.trained}
+            return step_lib.State(jnp.zeros((), jnp.int32), params, opt, averages)
+
+        self._init = init
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        replicated = jax.NamedSharding(self.mesh, jax.P())
+        self.shardings = step_lib.State(
+            step=replicated,
+            params=places,
+            opt={k: mesh_lib.like(abstract.opt[k], abstract.params[k], places[k]) for k in self.trained},
+            ema={k: mesh_lib.like(abstract.ema[k], abstract.params[of], places[of]) for k, (_, of) in self.averages.items()},
+        )
+        self.target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
+        self.frozen = {}
+        for name, (params, _) in self.loaded.items():
+            if name not in self.trained:
+                self.frozen[name] = jax.device_put(params, jax.tree.map(lambda _: replicated, params))
+
+    def fresh(self):
+        """The state at step 0, created straight into its shards; roles with a checkpoint start from it."""
+        state = jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config["seed"]))
+        for name in self.trained:
+            if name in self.loaded:
+                params = self.loaded[name][0]
+                export.check_shapes(params, state.params[name], f"roles.{name}.checkpoint")
+                put = lambda p, s: jax.device_put(jnp.asarray(p, s.dtype), s.sharding)  # noqa: E731
+                new = jax.tree.map(put, params, state.params[name])
+                copies = {k: jax.tree.map(put, params, state.ema[k]) for k, (_, of) in self.averages.items() if of == name}
+                state = state.replace(params={**state.params, name: new}, ema={**state.ema, **jax.tree.map(jnp.copy, copies)})
+        return state
+
+    def step(self):
+        """The jitted train step (state donated)."""
+        pure = step_lib.make_step(
+            self.objective, self.roles, self.transforms, self.averages, seed=self.config["seed"],
+            accumulate=self.config["accumulate"], every=self.every, mesh=self.mesh, rules=self.rules,
+        )
+        replicated = jax.NamedSharding(self.mesh, jax.P())
+        frozen = jax.tree.map(lambda _: replicated, self.frozen)
+        return jax.jit(
+            pure,
+            in_shardings=(self.shardings, frozen, mesh_lib.batch_sharding(self.mesh)),
+            out_shardings=(self.shardings, replicated),
+            donate_argnums=0,
+        )
+
+    def validate(self):
+        """jitted (state, frozen, batch, index) -> loss of the first average of the first player's role, or of its parameters."""
+        player = self.objective.players[0]
+        name = next((k for k, (_, of) in self.averages.items() if of == player.role and k not in self.objective.roles), None)
+
+        def loss(state, frozen, batch, index):
+            with sharding.use(self.mesh, self.rules):
+                params = state.params if name is None else {**state.params, player.role: state.ema[name]}
+                nets = step_lib.nets_of(self.objective, self.roles, params, state.ema, frozen)
+                # One key per validation batch, the same at every validation: noise and times are fixed.
+                key = jax.random.fold_in(jax.random.key(self.config["seed"] + 1), index)
+                batch = step_lib.prepare(self.objective, nets, batch, key, state.step)
+                return player.loss(nets, batch, None)[0]
+
+        return jax.jit(loss)
+
+    def info(self, step, weights):
+        """What an export or a workdir says about its network."""
+        return {
+            "model": self.config["model"], "path": self.config["path"], "prediction": self.config["prediction"],
+            "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
+            "image_shape": list(self.pipeline.shape), "config": self.config, "step": step, "weights": weights,
+            "data": self.pipeline.manifest, "frozen": self.fingerprints(),
+        }
+
+    def fingerprints(self):
+        """{frozen role: hash of its parameters}: a resumed run must meet the same teachers."""
+        return {k: sum(checkpoint.fingerprints(v).values()) % 2**32 for k, v in self.frozen.items()}

@@ -1,0 +1,81 @@
+"""The start-up card: what will really run, printed and saved before step 1."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax.train import ema as ema_lib
+
+# Dense bf16 peak, TFLOP/s per chip (vendor figures).
+PEAKS = {"v4": 275, "v5e": 197, "v5 lite": 197, "v5p": 459, "v6e": 918, "v6 lite": 918, "A100": 312, "H100": 989, "H200": 989}
+
+
+def peak_flops() -> float | None:
+    """bf16 FLOP/s of one device of this kind, or None where it is not known (CPU)."""
+    kind = jax.devices()[0].device_kind
+    return next((1e12 * v for k, v in PEAKS.items() if k.lower() in kind.lower()), None)
+
+
+def size(tree) -> int:
+    """Number of parameters."""
+    return sum(int(np.prod(v.shape)) for v in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that one device holds of a tree of sharded arrays or ShapeDtypeStructs with shardings."""
+    total = 0
+    for v in jax.tree.leaves(tree):
+        shape = v.sharding.shard_shape(v.shape) if getattr(v, "sharding", None) is not None else v.shape
+        total += int(np.prod(shape)) * v.dtype.itemsize
+    return total
+
+
+def histogram(t, bins: int = 10) -> list[float]:
+    """Share of the times in each tenth of [0, 1]."""
+    counts, _ = np.histogram(np.asarray(t), bins=bins, range=(0.0, 1.0))
+    return [round(float(c) / max(1, counts.sum()), 4) for c in counts]
+
+
+def write(workdir, facts: dict):
+    """Save card.json and card.txt; returns the text."""
+    lines = []
+
+    def walk(value, name, depth):
+        pad = "  " * depth
+        if isinstance(value, dict) and value:
+            lines.append(f"{pad}{name}")
+            for k, v in value.items():
+                walk(v, k, depth + 1)
+        else:
+            lines.append(f"{pad}{name}: {value}")
+
+    for k, v in facts.items():
+        walk(v, k, 0)
+    text = "\n".join(lines)
+    if jax.process_index() == 0:
+        workdir = pathlib.Path(workdir)
+        (workdir / "card.json").write_text(json.dumps(facts, indent=1, default=str))
+        (workdir / "card.txt").write_text(text + "\n")
+    return text
+
+
+def schedule_points(schedule, steps: int) -> dict:
+    """Learning rate at a few steps of the run."""
+    at = sorted({0, min(100, steps - 1), steps // 4, steps // 2, 3 * steps // 4, steps - 1})
+    return {str(n): float(f"{float(schedule(jnp.asarray(n, jnp.float32))):.4g}") for n in at}
+
+
+def averages(built: dict, steps: int) -> dict:
+    """Half-life in steps, at the end of the run, of each average."""
+    return {name: f"of {of}, half-life {ema_lib.half_life(decay, steps):.1f} steps at the end" for name, (decay, of) in built.items()}
+
+
+def human(count: float, unit: str = "") -> str:
+    """1234567 -> "1.23 M"."""
+    for bound, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= bound:
+            return f"{count / bound:.3g} {letter}{unit}"
+    return f"{count:.3g} {unit}"

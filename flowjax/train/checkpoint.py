@@ -1,0 +1,203 @@
+"""Checkpoints: asynchronous, atomic, checked after loading, restorable onto another mesh.
+
+One wrapper around orbax (API v1). A step directory holds `state` (the arrays) and `extra` (JSON: data position, config,
+fingerprints). orbax notices truncated files but not flipped bits, and its "latest" may be a damaged step; so every leaf's
+fingerprint is stored, compared after loading, and a damaged step is named and skipped in favour of the one before it.
+"""
+
+import json
+import logging
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def names_of(tree) -> list[str]:
+    """Leaf names in tree order, "params/net/blocks/attn/q/kernel"."""
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+@jax.jit
+def _fingerprints(leaves):
+    def one(x):
+        x = jnp.asarray(x)
+        if x.dtype == bool:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize])
+        bits = bits.reshape(-1).astype(jnp.uint32)
+        # Odd multipliers are invertible mod 2^32: any single changed element changes the sum. Integer sums do not depend on
+        # their order, hence not on the sharding either.
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def fingerprints(tree) -> dict[str, int]:
+    """{leaf name: 32-bit hash of the values}, the same for every sharding of the same values."""
+    return {name: int(v) for name, v in zip(names_of(tree), _fingerprints(jax.tree.leaves(tree)))}
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    keep: how many of the latest survive; keep_every: those at multiples of it survive for ever (0 = none); best: name of the
+    metric (smaller is better) whose best checkpoint survives too.
+    """
+
+    def __init__(self, directory, keep: int = 3, keep_every: int = 0, best: str | None = None):
+        from orbax.checkpoint import v1 as ocp
+
+        policies = ocp.training.preservation_policies
+        keepers = [policies.LatestN(keep)]
+        if keep_every:
+            keepers.append(policies.EveryNSteps(keep_every))
+        if best:
+            worst = float("inf")
+            score = lambda m: -m.get(best, worst) if m else -worst  # noqa: E731
+            keepers.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+        self.directory = _absolute(directory)
+        self._ocp = ocp
+        self._writer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keepers),
+            cleanup_tmp_directories=True,
+        )
+
+    def steps(self) -> list[int]:
+        """Complete checkpoints, oldest first."""
+        return sorted(c.step for c in self._writer.checkpoints)
+
+    def save(self, step: int, state, extra: Mapping, metrics: Mapping | None = None):
+        """Write in the background; the state may be donated as soon as this returns. An existing step is left alone."""
+        if step in self.steps():
+            return
+        extra = {**extra, "fingerprints": fingerprints(state)}
+        metrics = {k: float(v) for k, v in (metrics or {}).items()}
+        self._writer.save_checkpointables_async(step, {"state": as_dict(state), "extra": json.loads(json.dumps(extra))}, metrics=metrics)
+
+    def restore(self, target, step: int | None = None):
+        """(state, extra, step) of the newest intact checkpoint, or of `step`; None when there is none.
+
+        target: State of ShapeDtypeStructs with the shardings wanted now, whatever they were when saved. A damaged checkpoint is
+        logged by name and the one before it tried; a state of another shape is an error.
+        """
+        available = self.steps()
+        if step is not None and step not in available:
+            raise ConfigError(f"no checkpoint of step {step} in {self.directory}; there are {available}")
+        candidates = [step] if step is not None else available[::-1]
+        for candidate in candidates:
+            try:
+                extra = self._load(candidate, {"extra": None})["extra"]
+                if set(extra["fingerprints"]) != set(names_of(target)):
+                    raise _different(extra["fingerprints"], target, self.directory / str(candidate))
+                state = from_dict(self._load(candidate, {"state": as_dict(target)})["state"], target)
+                found = fingerprints(state)
+                broken = [k for k, v in found.items() if v != extra["fingerprints"][k]]
+                if broken:
+                    raise OSError(f"values changed on disk in {', '.join(broken[:4])}")
+                return state, extra, candidate
+            except ConfigError:
+                raise
+            except Exception as error:  # orbax raises many types for damaged files
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                log.error("checkpoint %s is damaged (%s)", self.directory / str(candidate), reason[:300])
+        if candidates:
+            raise ConfigError(f"every checkpoint in {self.directory} is damaged: {candidates}")
+        return None
+
+    def _load(self, step, wanted):
+        return self._writer.load_checkpointables(step, wanted)
+
+    def wait(self):
+        """Block until what is being written is complete."""
+        self._writer.wait()
+
+    def close(self):
+        """Finish writing and release the directory."""
+        self._writer.close()
+
+
+def as_dict(state):
+    """State -> plain dict, which orbax stores by leaf name."""
+    return {"step": state.step, "params": state.params, "opt": state.opt, "ema": state.ema}
+
+
+def from_dict(tree, like):
+    """Plain dict -> State."""
+    return like.replace(**tree)
+
+
+def _different(stored, target, where):
+    wanted = set(names_of(target))
+    missing, extra = sorted(wanted - set(stored)), sorted(set(stored) - wanted)
+    parts = [f"{label} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for label, names in (("lacks", missing), ("has besides", extra)) if names]
+    return ConfigError(f"checkpoint {where} was written by another configuration: it {'; '.join(parts)}")
+
+
+def _absolute(directory):
+    """Absolute path; bucket paths (gs://...) pass through etils."""
+    from etils import epath
+
+    directory = str(directory)
+    return epath.Path(directory if "://" in directory else pathlib.Path(directory).absolute())
+
+
+def save_tree(directory, params):
+    """Write one parameter tree as a stand-alone orbax checkpoint (an export)."""
+    from orbax.checkpoint import v1 as ocp
+
+    ocp.save(_absolute(directory), params, overwrite=True)
+
+
+def load_tree(directory, target):
+    """Read a parameter tree written by save_tree into the shapes (and shardings) of `target`."""
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp.load(_absolute(directory), target)
+
+
+def host(tree):
+    """Fully addressable copies on the host (gathered across processes where needed)."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def load_part(directory, part: str, target, step: int | None = None):
+    """(tree, step): only the subtree `part` ("params/net", "ema/ema") of a run's state, from its newest intact checkpoint."""
+    from orbax.checkpoint import v1 as ocp
+
+    root = pathlib.Path(directory)
+    steps = sorted((int(p.name) for p in root.iterdir() if p.name.isdigit()), reverse=True)
+    if not steps or (step is not None and step not in steps):
+        raise ConfigError(f"no checkpoint{'' if step is None else f' of step {step}'} in {directory}; there are {steps[::-1]}")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    for candidate in steps if step is None else [step]:
+        place = _absolute(root / str(candidate))
+        try:
+            extra = ocp.load_checkpointables(place, {"extra": None})["extra"]
+            wanted = target
+            for name in reversed(part.split("/")):
+                wanted = {name: wanted}
+            with context:
+                tree = ocp.load(place, wanted, checkpointable_name="state")
+            if any(v != extra["fingerprints"].get(k) for k, v in fingerprints(tree).items()):
+                raise OSError("values changed on disk")
+            for name in part.split("/"):
+                tree = tree[name]
+            return tree, candidate
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.error("checkpoint %s cannot be read (%s)", place, reason[:300])
+    raise ConfigError(f"no readable checkpoint with {part} in {directory}: tried {steps}")

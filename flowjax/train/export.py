@@ -1,0 +1,85 @@
+"""Exports: one network with everything needed to rebuild it, and the loading of roles from exports or workdirs.
+
+    export/config.json        model, path, prediction, latent statistics, shape, classes, the whole run config, step, hash
+    export/params/            orbax checkpoint
+    export/model.safetensors  the same arrays, names joined by dots
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax.config import ConfigError
+from flowjax.train import checkpoint as ck
+from flowjax.train.roles import build_role, same_shapes
+
+
+def write(out, params, info: dict):
+    """Write an export directory; config.json comes last, so an export cut short is not mistaken for a whole one."""
+    from safetensors.numpy import save_file
+
+    out = pathlib.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").unlink(missing_ok=True)
+    params = ck.host(params)
+    ck.save_tree(out / "params", params)
+    # safetensors writes a strided view wrongly without a word; every array is made contiguous first.
+    flat = {k.replace("/", "."): np.ascontiguousarray(v) for k, v in zip(ck.names_of(params), jax.tree.leaves(params))}
+    save_file(flat, str(out / "model.safetensors"), metadata={"format": "flowjax"})
+    info = {**info, "fingerprints": ck.fingerprints(params)}
+    (out / "config.json").write_text(json.dumps(info, indent=1, sort_keys=True, default=str))
+
+
+def info_of(path) -> dict:
+    """config.json of an export or a workdir, as {"model", "path", "prediction", ...}."""
+    path = pathlib.Path(path)
+    file = path / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{path} is neither an export nor a workdir: it has no config.json")
+    return json.loads(file.read_text())
+
+
+def role_of(info: dict, where: str):
+    """The Role that an export's or workdir's config describes."""
+    return build_role(info["model"], info["path"], info["prediction"], f"{where}.model", latents=info.get("latents"))
+
+
+def abstract(role, info: dict):
+    """Shapes of the role's parameters."""
+    from flax.core import meta
+
+    x = jnp.zeros((1, *info["shape"]), jnp.float32)
+    cond = {"label": jnp.zeros((1,), jnp.int32)} if info.get("num_classes") else {}
+    return meta.unbox(jax.eval_shape(lambda k: role.init(k, x, cond), jax.random.key(0)))
+
+
+def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint"):
+    """(role, params, info) from an export, or from a workdir's newest intact checkpoint.
+
+    weights, for a workdir: the name of an average ("ema"), or "params" for the raw weights. An export has one set.
+    """
+    path = pathlib.Path(path)
+    info = info_of(path)
+    role = role_of(info, where)
+    target = abstract(role, info)
+    if (path / "params").exists():
+        params = ck.load_tree(path / "params", target)
+        if "fingerprints" in info and ck.fingerprints(params) != info["fingerprints"]:
+            raise ConfigError(f"{path}/params does not hold the values that {path}/config.json describes: damaged or replaced")
+        return role, params, info
+    if not (path / "checkpoints").exists():
+        raise ConfigError(f"{path} holds neither params/ (an export) nor checkpoints/ (a workdir)")
+    available = list(info.get("config", {}).get("ema", {}))
+    if weights != "params" and weights not in available:
+        raise ConfigError(f"{where}: weights = {weights!r} is unknown in {path}; valid: params, {', '.join(available)}")
+    part = "params/net" if weights == "params" else f"ema/{weights}"
+    params, step = ck.load_part(path / "checkpoints", part, target, step)
+    return role, params, {**info, "step": step, "weights": weights}
+
+
+def check_shapes(params, target, what: str):
+    """ConfigError with a short diff when loaded parameters do not fit."""
+    same_shapes(params, target, what)

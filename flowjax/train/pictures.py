@@ -1,0 +1,77 @@
+"""Pictures in the workdir: sample grids, scatter plots of 2-D data, training curves."""
+
+import pathlib
+
+import numpy as np
+
+
+def to_uint8(x) -> np.ndarray:
+    """Images in [-1, 1] -> uint8, rounded once: floor(127.5 (x + 1) + 0.5), clipped."""
+    return np.clip(np.floor(127.5 * (np.asarray(x, np.float64) + 1.0) + 0.5), 0, 255).astype(np.uint8)
+
+
+def grid(images, path, columns: int = 10, least: int = 32):
+    """Write (N, H, W, C) images in [-1, 1] as one PNG, enlarged by nearest neighbour until a side is at least `least`."""
+    from PIL import Image
+
+    images = to_uint8(images)
+    n, h, w, c = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    factor = max(1, -(-least // max(h, w)))
+    images = np.concatenate([images, np.full((rows * columns - n, h, w, c), 255, np.uint8)])
+    images = images.repeat(factor, 1).repeat(factor, 2)
+    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+    sheet = images.reshape(rows, columns, *images.shape[1:]).swapaxes(1, 2).reshape(rows * images.shape[1], columns * images.shape[2], c)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet[..., 0] if c == 1 else sheet[..., :3]).save(path)
+
+
+def _figure(*size):
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def scatter(points, path, labels=None, limit: float | None = None):
+    """Write points (N, 2) as a scatter plot, coloured by label."""
+    points = np.asarray(points)
+    figure = _figure(4, 4)
+    axes = figure.add_subplot()
+    axes.scatter(points[:, 0], points[:, 1], s=2, c=labels, cmap="tab10")
+    limit = limit or float(np.quantile(np.abs(points), 0.999) * 1.2)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def samples(x, path, labels=None):
+    """A grid for images, a scatter plot for points."""
+    x = np.asarray(x)
+    if x.ndim == 4:
+        grid(x, path)
+    elif x.ndim == 2 and x.shape[1] >= 2:
+        scatter(x[:, :2], path, labels)
+
+
+def curves(rows, path):
+    """Plot every metric of metrics.jsonl rows over the step, one panel each."""
+    skip = {"step", "wall"}
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in skip]
+    names = [k for k in names if any(isinstance(row.get(k), (int, float)) for row in rows)]
+    if not names:
+        return
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = _figure(4.2 * columns, 2.6 * lines)
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+        axes.plot(*zip(*pairs), lw=1, marker="." if len(pairs) < 30 else None)
+        values = [v for _, v in pairs]
+        if "loss" in name and min(values) > 0 and max(values) / min(values) > 10:
+            axes.set_yscale("log")
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)

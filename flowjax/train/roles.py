@@ -1,0 +1,101 @@
+"""Roles: networks by name, and where each one's parameters come from.
+
+A role is a module with, for denoisers, the path and prediction that give its output a meaning. `role.net(params)` is the
+callable that objectives and samplers see.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax import models, paths, predictions
+from flowjax.config import ConfigError, build, lookup
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A module closed over its parameters, called by method name: the net of roles that are not denoisers."""
+
+    module: nn.Module
+    params: Any
+
+    def __call__(self, *args, **kwargs):
+        return self.module.apply({"params": self.params}, *args, **kwargs)
+
+    def __getattr__(self, name):
+        if name.startswith("_") or not hasattr(type(self.module), name):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self.module.apply({"params": self.params}, *args, method=name, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """A frozen autoencoder with the statistics of its latents, as a codec between images and normalised latents."""
+
+    net: Bound
+    mean: np.ndarray
+    std: np.ndarray
+
+    def encode(self, x):
+        """Images (B, H, W, C) -> posterior means, standardised per channel."""
+        return (self.net.encode(x)[0] - self.mean) / self.std
+
+    def decode(self, latent):
+        """Standardised latents -> images."""
+        return self.net.decode(latent * self.std + self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """module + meaning. `latents` holds {"mean", "std"} for an autoencoder loaded from an export."""
+
+    module: nn.Module
+    path: paths.Path | None = None
+    prediction: str | None = None
+    latents: Mapping[str, Any] | None = None
+
+    def net(self, params):
+        """The callable of this role: a Model, a Latents codec or a Bound module."""
+        if self.module.kind == "denoiser":
+            return models.denoiser(self.module, params, self.path, self.prediction)
+        bound = Bound(self.module, params)
+        if self.latents is not None:
+            stats = (np.asarray(self.latents[k], np.float32) for k in ("mean", "std"))
+            return Latents(bound, *stats)
+        return bound
+
+    def init(self, key, x, cond):
+        """Boxed parameters (with logical axis names) for inputs shaped like x (B, ...) and cond."""
+        if self.module.kind == "denoiser":
+            variables = self.module.init(key, x, jnp.zeros(x.shape[:1], jnp.float32), cond)
+        else:
+            variables = self.module.init(key, x)
+        return variables["params"]
+
+
+def build_role(model, path, prediction: str, where: str, latents=None) -> Role:
+    """The role that config sections describe; ConfigError names `where` when something does not fit."""
+    module = models.build(model, where)
+    if module.kind != "denoiser":
+        return Role(module, latents=latents)
+    lookup(predictions.PREDICTIONS, prediction, where.replace("model", "prediction"))
+    return Role(module, build(paths.PATHS, path, where.replace("model", "path")), prediction)
+
+
+def shape_of(tree):
+    """{path: shape} of a parameter tree, for comparisons in error messages."""
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(v.shape) for k, v in jax.tree.leaves_with_path(tree)}
+
+
+def same_shapes(found, wanted, what: str):
+    """ConfigError with a short diff when two parameter trees differ in names or shapes."""
+    found, wanted = shape_of(found), shape_of(wanted)
+    lines = [f"  {k}: has {found.get(k, 'nothing')}, needs {wanted.get(k, 'nothing')}" for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+    if lines:
+        more = [f"  ... and {len(lines) - 8} more"] if len(lines) > 8 else []
+        raise ConfigError("\n".join([f"{what} does not fit the model:", *lines[:8], *more]))

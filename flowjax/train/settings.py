@@ -1,0 +1,131 @@
+"""The settings of a run: every top-level key with its default, checked before anything starts.
+
+configs/*.py start from `defaults()` and fill in the rest. Sections that select something ({"name": ..., ...}) are checked
+against what they select when it is built; the others are checked here, against the signatures below.
+"""
+
+import json
+from collections.abc import Mapping
+
+from flowjax.config import ConfigError, arguments, check
+
+
+def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1):
+    """Mesh sizes; -1 is "what is left"."""
+
+
+def logging(every: int = 50, tensorboard: bool = True, progress: bool = True):
+    """Rows of metrics.jsonl every so many steps; TensorBoard files; the progress line."""
+
+
+def checkpoint(every: int = 1000, keep: int = 2, keep_every: int = 0, best: str = ""):
+    """Save every so many steps (and at the end); what is kept; `best` names a metric to minimise ("" = none)."""
+
+
+def validation(every: int = 0, batches: int = 4, split: str = "test"):
+    """Loss of the averaged weights on held-out batches with fixed noise and times, every so many steps (0 = never)."""
+
+
+def sample(steps: int = 50, sampler="heun", grid="uniform", guidance="none", every: int = 0, count: int = 100, seed: int = 0):
+    """How this run's model is sampled, and how often a picture of `count` samples is drawn while training (0 = never)."""
+
+
+def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pixels",), judge="svm", batch: int = 250, seed: int = 0,
+             train_split: str = "train", test_split: str = "test", labels: str = "balanced"):
+    """What experiments.evaluate measures (flowjax.evals), on how many samples, against which splits."""
+
+
+def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", optimizer=None, every: int = 0):
+    """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace."""
+
+
+SECTIONS = {
+    "mesh": mesh,
+    "log": logging,
+    "checkpoint": checkpoint,
+    "validation": validation,
+    "sample": sample,
+    "evaluate": evaluate,
+}
+
+# Keys that may change between the start of a run and its resumption: they do not touch what is computed at a given step.
+MAY_CHANGE = ("mesh", "rules", "log", "checkpoint", "validation", "sample", "evaluate", "steps")
+
+
+def defaults() -> dict:
+    """Every top-level key. None marks what a config must supply."""
+    return {
+        "seed": 0,
+        "steps": 1000,
+        "batch_size": 128,  # global
+        "accumulate": 1,
+        "data": None,
+        "model": None,
+        "path": {"name": "rectified"},
+        "prediction": "velocity",
+        "objective": None,
+        "optimizer": None,
+        "ema": {},
+        "roles": {},
+        "rules": {},
+        **{name: {k: p.default for k, p in arguments(fn).items()} for name, fn in SECTIONS.items()},
+    }
+
+
+def config_dict(**changes):
+    """ml_collections.ConfigDict of the defaults with `changes`; nested dicts given here replace whole sections.
+
+    A section in SECTIONS is merged with its defaults instead, key by key.
+    """
+    from ml_collections import ConfigDict
+
+    values = defaults()
+    for key, value in changes.items():
+        if key not in values:
+            raise ConfigError(f"config.{key} is unknown; valid: {', '.join(values)}")
+        if key in SECTIONS:
+            value = {**values[key], **check(SECTIONS[key], value, key)}
+        values[key] = value
+    # None would lock a field against command-line overrides; sections left None are dropped and asked for by `resolve`.
+    return ConfigDict({k: v for k, v in values.items() if v is not None}, convert_dict=True, allow_dotted_keys=True)
+
+
+def resolve(config) -> dict:
+    """A plain nested dict with every key present; ConfigError on unknown, missing or mistyped ones."""
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    known = defaults()
+    unknown = [k for k in config if k not in known]
+    if unknown:
+        raise ConfigError(f"config.{unknown[0]} is unknown; valid: {', '.join(known)}")
+    merged = {**known, **config}
+    missing = [k for k in ("data", "model", "objective", "optimizer") if merged[k] is None]
+    if missing:
+        raise ConfigError(f"config lacks {', '.join(missing)}")
+    for name, fn in SECTIONS.items():
+        merged[name] = {**known[name], **check(fn, merged[name], name)}
+    for name, section in merged["roles"].items():
+        merged["roles"][name] = {**{k: p.default for k, p in arguments(role).items()}, **check(role, section, f"roles.{name}")}
+    for name, wanted in (("seed", int), ("steps", int), ("batch_size", int), ("accumulate", int), ("prediction", str)):
+        if not isinstance(merged[name], wanted) or isinstance(merged[name], bool):
+            raise ConfigError(f"config.{name} = {merged[name]!r} should be {wanted.__name__}")
+    for name in ("steps", "batch_size", "accumulate"):
+        if merged[name] < 1:
+            raise ConfigError(f"config.{name} = {merged[name]} should be at least 1")
+    return plain(merged)
+
+
+def plain(value):
+    """JSON's own types only (tuples become lists), so that a stored config equals the live one."""
+    return json.loads(json.dumps(value))
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "") -> list[str]:
+    """["model.depth: 4 -> 6", ...] of two resolved configs."""
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
