@@ -46,7 +46,7 @@ def _macs_of(eqn) -> int:
     if name == "scan":
         return eqn.params["length"] * sum(inner)
     if name == "shard_map":  # the body is one device's share
-        return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["manual_axes"]) * sum(inner)
+        return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]) * sum(inner)
     if name == "while" and any(inner):
         raise ValueError("cannot count a matrix product inside a while loop; write it as lax.scan")
     return sum(inner)

@@ -56,6 +56,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if len(names) != x.ndim:
         raise ValueError(f"constrain got {len(names)} names {names} for an array of shape {x.shape}")
     if (active := _active.get()) is None:
+        spec(names)
         return x
     mesh, rules = active
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit(names, x.shape, mesh, rules)))

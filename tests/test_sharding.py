@@ -1,0 +1,159 @@
+"""Rules -> layouts, and the promise that a layout changes no number: DiT on 1 device == DiT on 8, for every factorisation."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flowjax.models import build, layers, sharding
+
+
+def make_mesh(*sizes):
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
+def test_spec_follows_the_rules():
+    assert sharding.spec(("batch", None, "act_mlp")) == P(("data", "fsdp"), None, "tensor")
+    assert sharding.spec(("embed", "mlp"), {"embed": None, "mlp": "data"}) == P(None, "data")
+
+
+def test_unknown_names_are_refused_inside_and_outside_a_mesh():
+    with pytest.raises(KeyError, match="'bacth'; valid: batch, seq"):
+        sharding.spec(("bacth",))
+    with sharding.use(make_mesh(2, 2, 2)), pytest.raises(KeyError, match="'bacth'"):
+        sharding.constrain(jnp.ones(8), "bacth")
+    with pytest.raises(KeyError, match="'bacth'"):
+        sharding.constrain(jnp.ones(8), "bacth")
+    with pytest.raises(ValueError, match="2 names"):
+        sharding.constrain(jnp.ones(8), "batch", "act")
+
+
+def test_rules_must_name_axes_of_the_mesh():
+    with pytest.raises(ValueError, match="'sequence'; the mesh has data, fsdp, tensor"), sharding.use(
+        make_mesh(8, 1, 1), {"seq": "sequence"}
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "expected"),
+    [
+        (("embed", "mlp"), (8, 8), P("fsdp", "tensor")),
+        (("embed", "mlp"), (6, 8), P(None, "tensor")),  # 4 does not divide 6
+        (("batch",), (8,), P(("data", "fsdp"))),
+        (("batch",), (2,), P("data")),  # nothing left for fsdp
+        (("batch",), (4,), P("data")),  # 4 / 2 is not divisible by 4
+        (("batch",), (3,), P(None)),
+        (("embed", "embed"), (8, 8), P("fsdp", None)),  # an axis is used once
+        (("embed", "batch"), (8, 8), P("fsdp", "data")),
+        ((None, "conv_out"), (8, 12), P(None, "fsdp")),
+    ],
+)
+def test_fit_drops_what_does_not_divide(names, shape, expected):
+    mesh = jax.sharding.AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    assert sharding.fit(names, shape, mesh) == expected
+
+
+def test_constrain_places_the_array_only_within_use():
+    mesh, x = make_mesh(2, 2, 2), jnp.ones((8, 4, 6))
+
+    def placed(x):
+        with sharding.use(mesh):
+            return sharding.constrain(x, "batch", "seq", "act_mlp")
+
+    assert jax.jit(placed)(x).sharding.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), 3)
+    assert sharding.constrain(x, "batch", "seq", "act_mlp") is x
+
+
+def test_param_specs():
+    boxed = jax.eval_shape(layers.SwiGLU(12).init, jax.random.key(0), jnp.ones((1, 2, 8)))["params"]
+    specs = sharding.param_specs({**boxed, "plain": jax.ShapeDtypeStruct((8,), jnp.float32)}, make_mesh(1, 4, 2))
+    assert specs["w1"]["kernel"].spec == P("fsdp", "tensor")
+    assert specs["w3"]["kernel"].spec == P("tensor", "fsdp")
+    assert specs["w1"]["bias"].spec == P("tensor")
+    assert specs["plain"].spec == P()
+    assert jax.tree.structure(specs) == jax.tree.structure({**nn.unbox(boxed), "plain": 0})
+
+
+# A block with every kind of modulation, dropout, remat and a sequence that no mesh axis divides. All parameters are random:
+# a freshly initialised DiT is the identity, and would agree with anything.
+FIELDS = {"depth": 2, "width": 32, "heads": 4, "num_classes": 5, "dropout": 0.2, "remat": "dots", "attention": "xla"}
+VARIANTS = {
+    "adaln_zero": {},
+    "modern": {"norm": "rms", "mlp": "swiglu", "mlp_ratio": 3.0, "rope": True, "qk_norm": True, "scan": False},
+    "in_context": {"conditioning": "in_context"},
+    "cross_attention": {"conditioning": "cross_attention"},
+}
+BATCH = 8
+
+
+@functools.cache
+def case(variant):
+    """(module, boxed abstract parameters, random parameters, inputs, one-device loss and gradients)."""
+    module = build({"name": "dit", **FIELDS, **VARIANTS[variant]})
+    x = jax.random.normal(jax.random.key(1), (BATCH, 6, 10, 3))
+    t, label = jnp.linspace(0.05, 0.95, BATCH), jnp.arange(BATCH) % 6
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x, t, {"label": label})["params"]
+    leaves, tree = jax.tree.flatten(nn.unbox(boxed))
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    params = tree.unflatten([0.15 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)])
+    inputs = x, t, label
+    return module, boxed, params, inputs, jax.jit(functools.partial(loss_and_grad, module, None))(params, *inputs)
+
+
+def loss_and_grad(module, mesh, params, x, t, label):
+    def loss(params):
+        y = module.apply({"params": params}, x, t, {"label": label}, train=True, rngs={"dropout": jax.random.key(3)})
+        return jnp.mean(jnp.square(y - x)), y
+
+    if mesh is None:
+        return jax.value_and_grad(loss, has_aux=True)(params)
+    with sharding.use(mesh):
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes"),
+    [("adaln_zero", s) for s in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 2, 4)]]
+    + [("modern", (2, 2, 2)), ("modern", (1, 2, 4)), ("in_context", (2, 2, 2)), ("cross_attention", (2, 2, 2))],
+)
+@pytest.mark.slow
+def test_sharded_equals_one_device(variant, sizes):
+    module, boxed, params, inputs, ((loss, y), grads) = case(variant)
+    mesh = make_mesh(*sizes)
+    shardings = sharding.param_specs(boxed, mesh)
+    batch = NamedSharding(mesh, sharding.spec(("batch",)))
+    step = jax.jit(
+        functools.partial(loss_and_grad, module, mesh),
+        in_shardings=(shardings, batch, batch, batch),
+        out_shardings=((NamedSharding(mesh, P()), batch), shardings),
+    )
+    params = jax.device_put(params, shardings)
+    (sharded_loss, sharded_y), sharded_grads = step(params, *inputs)
+
+    # The layout is real: parameters and activations are cut as the mesh says.
+    kernel = (params["blocks"] if module.scan else params["block_0"])["mlp"]["fc1" if module.mlp == "gelu" else "w1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // (sizes[1] * sizes[2])
+    assert sharded_y.addressable_shards[0].data.shape[0] == BATCH // (sizes[0] * sizes[1])
+
+    assert float(loss) == pytest.approx(float(sharded_loss), rel=1e-5)
+    np.testing.assert_allclose(sharded_y, y, atol=2e-5 * float(jnp.abs(y).max()))
+    for (path, expected), got in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(sharded_grads), strict=True):
+        scale = float(jnp.abs(expected).max())
+        # A key's bias shifts all logits of a query alike, so its gradient is zero but for rounding.
+        floor = 1e-4 if path[-2:] == (jax.tree_util.DictKey("k"), jax.tree_util.DictKey("bias")) else 0.0
+        np.testing.assert_allclose(got, expected, atol=1e-4 * scale + floor, err_msg=jax.tree_util.keystr(path))
+
+
+def test_constraints_reach_every_residual_sum():
+    """Without the layers' own constraints the partitioner is free to go wrong (see the module `sharding`): count them."""
+    module, _, params, inputs, _ = case("adaln_zero")
+    inside = jax.make_jaxpr(functools.partial(loss_and_grad, module, make_mesh(2, 2, 2)))(params, *inputs)
+    outside = jax.make_jaxpr(functools.partial(loss_and_grad, module, None))(params, *inputs)
+    assert str(inside).count("sharding_constraint") > 30
+    assert "sharding_constraint" not in str(outside)
