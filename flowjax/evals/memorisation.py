@@ -31,6 +31,11 @@ def nearest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate(out)
 
 
+def exceeds(share: float, expected: float, n: int, m: int) -> bool:
+    """Is a share over n samples above its expectation, itself known from m samples, by more than three standard errors?"""
+    return bool(share - expected > 3 * np.sqrt(expected * (1 - expected) * (1 / n + 1 / m)))
+
+
 def memorisation(
     generated: np.ndarray, train: np.ndarray, test: np.ndarray, quantile: float = 0.05, limit: int = 2000, seed: int = 0
 ) -> dict:
@@ -44,9 +49,7 @@ def memorisation(
     near = float(np.mean(to_train < np.quantile(held_out, quantile)))
     sided = float(np.mean(to_train < to_test))
     sided_expected = len(train) / (len(train) + len(test))
-
-    def excess(share, expected, *counts):
-        return share - expected > 3 * np.sqrt(expected * (1 - expected) * sum(1 / n for n in counts))
+    counts = len(generated), len(test)
 
     return {
         "near": near,
@@ -56,7 +59,5 @@ def memorisation(
         "exact_copies": float(np.mean(to_train < 1e-6)),
         "median_distance": float(np.median(to_train)),
         "median_distance_held_out": float(np.median(held_out)),
-        "flagged": bool(
-            excess(near, quantile, len(generated), len(test)) and excess(sided, sided_expected, len(generated), len(test))
-        ),
+        "flagged": exceeds(near, quantile, *counts) and exceeds(sided, sided_expected, *counts),
     }
