@@ -1,0 +1,290 @@
+"""Pipelines: a data section of the config -> an endless, exactly resumable stream of batches.
+
+    {"x": float32 (b, H, W, C) in [-1, 1], or points as they are; "cond": {"label": int32 (b,)}, or {} when unlabelled}
+    {"win": ..., "lose": ..., "cond": ...}                                                       for preference pairs
+
+Batch number k is a function of (section, seed, k) alone: rows kB .. (k+1)B - 1 of one global stream, of which each process
+reads its own block, so that the blocks in process order are exactly the batch of a single process. The order of rows is
+computed for whole batches at once (flowjax.data.counter), a few microseconds where grain's MapDataset.shuffle takes 27 per
+row; grain serves the batches: threads, prefetching, and a position that is one integer.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flowjax.config import ConfigError, arguments, check, lookup, split as split_section
+from flowjax.data import counter, images
+from flowjax.data.records import DataError
+from flowjax.data.sources import SOURCES
+
+CACHE_BYTES = 2**29  # data sets up to this size, decoded, are held in memory
+ARRAY_BYTES = 2**32  # what `arrays` may make
+PREFETCH_BYTES = 2**28
+THREADS = 4
+
+_ORDER, _FLIP = 0, 1  # purposes of random numbers
+_PIXELS = {"image": "x", "x": "x", "win": "win", "lose": "lose"}  # column of a source -> entry of a batch
+
+
+def _transforms(pad: int = 0, resize: int = 0, flip: bool = False) -> tuple[int, int, bool]:
+    """Settings of every image section: resize (shorter side, centre crop), then pad with black to a size; random flips."""
+    return pad, resize, flip
+
+
+class _Part:
+    """One source with its transforms: reads rows by number and finishes them as float batches."""
+
+    def __init__(self, section: Mapping[str, Any] | str, split: str):
+        name, settings = split_section(section, "data")
+        source = lookup(SOURCES, name, "data.name")
+        common, own = arguments(_transforms), arguments(source, ("split",))
+        if unknown := [k for k in settings if k not in common and k not in own]:
+            raise ConfigError(f"data.{unknown[0]} is unknown for {name}; valid: {', '.join([*own, *common])}")
+        chosen = check(_transforms, {k: v for k, v in settings.items() if k in common}, "data")
+        self.pad, self.resize, self.flip = _transforms(**chosen)
+        self.source = source(split, **check(source, {k: v for k, v in settings.items() if k in own}, "data", ("split",)))
+        self.manifest = dict(self.source.manifest) | {"transforms": chosen}
+        if not _PIXELS.keys() & set(self.manifest["columns"]):
+            raise ConfigError(f"{self.manifest['name']} has only {', '.join(self.manifest['columns'])}; valid: {', '.join(_PIXELS)}")
+        self.num_classes = self.manifest["num_classes"]
+        self.shape = self._final_shape()
+        self._cache = None
+        count = self.manifest["count"]
+        if count is not None and count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize <= CACHE_BYTES:
+            self._cache = self._load(np.arange(count))
+
+    def _final_shape(self) -> tuple[int, ...]:
+        shape, resized = self.manifest["shape"], self.resize > 0
+        if not (self.pad or self.resize or self.flip):
+            if shape is None:
+                raise ConfigError(f"data.resize is missing: the images of {self.manifest['name']} differ in size")
+            return tuple(shape)
+        if shape is not None and len(shape) != 3:
+            raise ConfigError(f"data.pad, resize and flip are for images; {self.manifest['name']} has shape {tuple(shape)}")
+        if self.pad < 0 or self.resize < 0:
+            raise ConfigError(f"data.pad = {self.pad} and data.resize = {self.resize} must be sizes in pixels, or 0")
+        if shape is None and not resized:
+            raise ConfigError(f"data.resize is missing: the images of {self.manifest['name']} differ in size")
+        if resized and self.manifest["dtype"] != "uint8":
+            raise ConfigError(f"data.resize is for uint8 images; {self.manifest['name']} holds {self.manifest['dtype']}")
+        channels = shape[-1]
+        height, width = (self.resize, self.resize) if resized else shape[:2]
+        if self.pad and self.pad < max(height, width):
+            raise ConfigError(f"data.pad = {self.pad} is smaller than the images ({height} x {width})")
+        return (self.pad, self.pad, channels) if self.pad else (height, width, channels)
+
+    def _load(self, indices) -> dict[str, np.ndarray]:
+        columns = self.source.read(indices)
+        out = {}
+        for key in columns.keys() & _PIXELS.keys():
+            values = columns[key]
+            if self.resize:
+                values = [images.resize(v, self.resize) for v in values]
+            values = np.asarray(values)
+            out[key] = images.pad(values, self.pad) if self.pad else values
+        if "label" in columns:
+            label = out["label"] = columns["label"]
+            if bad := np.flatnonzero((label < 0) | (label >= self.num_classes)).tolist():
+                raise DataError(
+                    f"{self.manifest['name']} ({self.manifest['split']} row {indices[bad[0]]}): label {label[bad[0]]} is outside "
+                    f"0..{self.num_classes - 1}"
+                )
+        return out
+
+    def rows(self, indices) -> dict[str, np.ndarray]:
+        """Transformed columns of the rows `indices`, pixels still as stored."""
+        return self._load(indices) if self._cache is None else {k: v[indices] for k, v in self._cache.items()}
+
+    def stream(self, positions, seed: int, shuffle: bool) -> dict[str, np.ndarray]:
+        """Rows at `positions` (n,) of this part's endless stream: epoch after epoch, each in an order of its own."""
+        if self.source.endless:
+            start = int(counter.make_key(seed, _ORDER)) % 2**62 if shuffle else 0
+            indices = start + positions
+        else:
+            epochs, indices = np.divmod(positions, len(self.source))
+            for epoch in np.unique(epochs) if shuffle else ():
+                key = counter.make_key(seed, _ORDER, int(epoch))
+                indices[epochs == epoch] = counter.permute(key, indices[epochs == epoch], len(self.source))
+        out = self.rows(indices)
+        if self.flip:
+            flipped = counter.uniform(counter.make_key(seed, _FLIP), positions) < 0.5
+            for key in out.keys() & _PIXELS.keys():
+                out[key] = np.where(flipped[:, None, None, None], out[key][:, :, ::-1], out[key])
+        return out
+
+
+def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    batch: dict[str, Any] = {}
+    for key in columns.keys() & _PIXELS.keys():
+        value = columns[key]
+        batch[_PIXELS[key]] = value.astype(np.float32) / np.float32(127.5) - np.float32(1) if value.dtype == np.uint8 else value
+    batch["cond"] = {"label": columns["label"]} if "label" in columns else {}
+    return batch
+
+
+def interleave(positions, weights) -> tuple[np.ndarray, np.ndarray]:
+    """(part, position within that part) for positions (n,) of a mixture; any stretch holds each part by its weight within one row
+    per split. Two parts are interleaved evenly; more are split off one by one, from the last."""
+    part = np.zeros(len(positions), np.int64)
+    local = np.array(positions, np.int64)
+    undecided = np.ones(len(positions), bool)
+    for j in range(len(weights) - 1, 0, -1):
+        share = weights[j] / sum(weights[: j + 1])
+        before = np.floor(local * share).astype(np.int64)
+        taken = undecided & (np.floor((local + 1) * share) > before)
+        rest = undecided & ~taken
+        part[taken], local[taken] = j, before[taken]
+        local[rest] -= before[rest]
+        undecided = rest
+    return part, local
+
+
+@dataclasses.dataclass
+class _Batches:
+    """Random access to this process's batches."""
+
+    parts: list[_Part]
+    weights: tuple[float, ...]
+    batch_size: int
+    seed: int
+    process_index: int
+    process_count: int
+    shuffle: bool
+    count: int
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        rows = self.batch_size // self.process_count
+        positions = int(k) * self.batch_size + self.process_index * rows + np.arange(rows)
+        part, local = interleave(positions, self.weights)
+        out: dict[str, np.ndarray] = {}
+        for j in np.unique(part):
+            mine = part == j
+            seed = int(counter.make_key(self.seed, int(j)))
+            columns = self.parts[j].stream(local[mine], seed, self.shuffle)
+            if mine.all():
+                return _finish(columns)
+            for key, value in columns.items():
+                out.setdefault(key, np.empty((rows, *value.shape[1:]), value.dtype))[mine] = value
+        return _finish(out)
+
+
+class Pipeline:
+    """Iterator over batches; its whole state is the number of the next one.
+
+    Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example.
+    """
+
+    def __init__(self, batches: _Batches, manifest: dict[str, Any], start: int):
+        import grain
+
+        first = batches.parts[0]
+        self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
+        size = 4 * math.prod(self.shape) * batches.batch_size // batches.process_count
+        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
+        self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
+        self.set_state({"next_index": start})
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, int]:
+        import grain
+
+        return {"next_index": int(grain.experimental.get_next_index(self._iterator))}
+
+    def set_state(self, state: Mapping[str, int]):
+        import grain
+
+        grain.experimental.set_next_index(self._iterator, int(state["next_index"]))
+
+
+def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
+    name, settings = split_section(section, "data")
+    if name != "mixture":
+        return [_Part(section, split)], (1.0,)
+
+    def mixture(parts: tuple, weights: tuple):
+        return tuple(parts), tuple(float(w) for w in weights)
+
+    sections, weights = mixture(**check(mixture, settings, "data"))
+    if not sections or len(weights) != len(sections) or not all(0 < w < math.inf for w in weights):
+        raise ConfigError(f"data.weights = {weights} must be {len(sections)} positive numbers, one for each of data.parts")
+    parts = [_Part(s, split) for s in sections]
+    kinds = [(p.shape, p.manifest["dtype"], p.num_classes, sorted({*p.manifest["columns"]} - {"caption"})) for p in parts]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ConfigError(f"data.parts must agree in shape, dtype, classes and columns, but are {'; '.join(map(str, kinds))}")
+    return parts, weights
+
+
+def pipeline(
+    section: Mapping[str, Any] | str,
+    batch_size: int,
+    seed: int,
+    split: str = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+    repeat: bool = True,
+    start: int = 0,
+) -> Pipeline:
+    """The batches of a data section.
+
+    **Arguments:** `section` has the name of a source (flowjax.data.sources.SOURCES), its settings, and pad, resize, flip; or
+    name "mixture" with `parts` (sections) and `weights`. `batch_size` is global; a process gets batch_size / process_count
+    rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch, without the
+    rows that do not fill a batch. `start` is the number of the first batch.
+
+    **Errors:** ConfigError for settings, DataError (one of them) for data.
+    """
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ConfigError(f"batch_size = {batch_size} must be a positive multiple of the number of processes, {process_count}")
+    if not 0 <= process_index < process_count or start < 0:
+        raise ConfigError(f"process_index = {process_index} must be in 0..{process_count - 1} and start = {start} not negative")
+    parts, weights = _parts(section, split)
+    count = sys.maxsize
+    if not repeat:
+        if len(parts) > 1 or parts[0].source.endless:
+            raise ConfigError("repeat = False is for one finite data set, not for a mixture or endless data")
+        count = len(parts[0].source) // batch_size
+        if not count:
+            raise ConfigError(f"batch_size = {batch_size} is larger than the {len(parts[0].source)} examples of split {split!r}")
+    manifest = parts[0].manifest
+    if len(parts) > 1:
+        manifest = {
+            "name": "mixture",
+            "split": split,
+            "count": None,
+            "shape": list(parts[0].shape),
+            "num_classes": parts[0].num_classes,
+            "weights": list(weights),
+            "parts": [p.manifest for p in parts],
+        }
+    return Pipeline(_Batches(parts, weights, batch_size, seed, process_index, process_count, shuffle, count), manifest, start)
+
+
+def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None) -> dict[str, Any]:
+    """All examples of a split in order (or the first `limit`) as one batch, without flips; for evaluators and small data.
+
+    **Errors:** ConfigError for a mixture, for endless data without `limit`, and for more than 4 GiB.
+    """
+    parts, _ = _parts(section, split)
+    if len(parts) > 1:
+        raise ConfigError("arrays of a mixture are not defined; ask for its parts")
+    (part,) = parts
+    if part.source.endless and limit is None:
+        raise ConfigError(f"{part.manifest['name']} is endless; give a limit")
+    count = limit if part.source.endless else min(limit or len(part.source), len(part.source))
+    if (size := 4 * count * math.prod(part.shape)) > ARRAY_BYTES:
+        raise ConfigError(f"{part.manifest['name']} {split} would take {size / 2**30:.1f} GiB in memory; give a limit")
+    return _finish(part.rows(np.arange(count)))

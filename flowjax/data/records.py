@@ -1,0 +1,243 @@
+"""The native format: a directory of ArrayRecord shards, one msgpack map per example, described by manifest.json.
+
+An example is a flat dict of arrays (raw little-endian bytes), integers and strings; dtype and shape are the same for all
+examples and stand in the manifest. Shards are written with group_size:1, i.e. for random access, and zstd-compressed.
+A data set appears whole or not at all: it is written beside its destination and renamed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+import flowjax
+from flowjax.config import ConfigError
+
+FORMAT = "flowjax-records/1"
+MANIFEST = "manifest.json"
+SHARD_BYTES = 2**28
+
+
+class DataError(ConfigError):
+    """A data file is damaged, missing or does not fit the others; the message names the file."""
+
+
+# --- examples <-> bytes -------------------------------------------------------------------------------------------------
+
+
+def _feature(value) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"dtype": "str"}
+    value = np.asarray(value)
+    return {"dtype": value.dtype.name, "shape": list(value.shape)}
+
+
+def _encode(example: Mapping[str, Any]) -> bytes:
+    import msgpack
+
+    def plain(value):
+        if isinstance(value, str):
+            return value
+        value = np.asarray(value)
+        return value.astype(value.dtype.newbyteorder("<")).tobytes()
+
+    return msgpack.packb({k: plain(example[k]) for k in sorted(example)})
+
+
+def _decode(records: list[bytes], features: Mapping[str, Any]) -> dict[str, Any]:
+    import msgpack
+
+    rows = [msgpack.unpackb(r) for r in records]
+    out = {}
+    for key, feature in features.items():
+        column = [row[key] for row in rows]
+        if feature["dtype"] != "str":
+            flat = np.frombuffer(b"".join(column), np.dtype(feature["dtype"]).newbyteorder("<"))
+            column = flat.astype(feature["dtype"]).reshape(len(rows), *feature["shape"])
+        out[key] = column
+    return out
+
+
+# --- writing ------------------------------------------------------------------------------------------------------------
+
+
+class _Split:
+    """The shards of one split, while they are written."""
+
+    def __init__(self, folder: pathlib.Path, name: str, shard_bytes: int):
+        self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
+        self.digest, self.shards, self.writer = hashlib.sha256(), [], None
+
+    def add(self, record: bytes):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        if self.writer is None:
+            self.shards.append({"file": f"{self.name}-{len(self.shards):05d}.array_record", "count": 0})
+            self.writer, self.room = ArrayRecordWriter(str(self.folder / self.shards[-1]["file"]), "group_size:1"), self.shard_bytes
+        self.writer.write(record)
+        self.digest.update(hashlib.sha256(record).digest())
+        self.shards[-1]["count"] += 1
+        self.room -= len(record)
+        if self.room <= 0:
+            self.close()
+
+    def close(self):
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    def describe(self) -> dict[str, Any]:
+        for shard in self.shards:
+            file = self.folder / shard["file"]
+            shard.update(bytes=file.stat().st_size, sha256=_sha256(file))
+        return {"count": sum(s["count"] for s in self.shards), "shards": self.shards}
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write(
+    out,
+    examples: Iterable[tuple[str, str, Mapping[str, Any]]],
+    *,
+    name: str,
+    num_classes: int = 0,
+    class_names: Iterable[str] = (),
+    source: Mapping[str, Any] | None = None,
+    command: str = "",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a data set to the directory `out` and return its manifest.
+
+    **Arguments:** `examples` yields (split, where, example): `where` names the file for error messages; `example` maps
+    feature names to uint8/int/float arrays, integers (stored as int32) or strings.
+
+    Writing what is there already changes nothing; anything else that is there is replaced only with `overwrite`, and only
+    if it is a data set of this format. **Errors:** DataError if an example does not look like the first one.
+    """
+    out = pathlib.Path(out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
+        raise ConfigError(f"{out} exists and is not a data set of flowjax; choose another directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    folder.chmod(0o755)  # mkdtemp makes it private
+    splits: dict[str, _Split] = {}
+    try:
+        features = None
+        for split, where, example in examples:
+            example = {k: np.asarray(v, np.int32) if isinstance(v, int | np.integer) else v for k, v in example.items()}
+            seen = {k: _feature(example[k]) for k in sorted(example)}
+            features = features or seen
+            if seen != features:
+                raise DataError(f"{where}: {_brief(seen)} differs from the examples before it: {_brief(features)}")
+            splits.setdefault(split, _Split(folder, split, shard_bytes)).add(_encode(example))
+        if not splits:
+            raise DataError(f"{name}: no examples")
+        for split in splits.values():
+            split.close()
+        main = features.get("image") or features.get("win") or features.get("x") or {}
+        manifest = {
+            "format": FORMAT,
+            "name": name,
+            "features": features,
+            "image_shape": main.get("shape"),
+            "dtype": main.get("dtype"),
+            "num_classes": int(num_classes),
+            "class_names": list(class_names),
+            "captions": "caption" in features,
+            "splits": {k: splits[k].describe() for k in sorted(splits)},
+        }
+        digests = {k: splits[k].digest.hexdigest() for k in sorted(splits)}
+        content = {k: manifest[k] for k in ("features", "num_classes", "class_names")} | {"splits": digests}
+        manifest["content_hash"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        manifest |= {"code_version": flowjax.__version__, "source": dict(source or {}), "command": command}
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        return _install(folder, out, manifest, overwrite)
+    finally:
+        for split in splits.values():
+            split.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _brief(features) -> str:
+    return ", ".join(f"{k} {f['dtype']}{f.get('shape', '')}" for k, f in features.items())
+
+
+def _install(folder: pathlib.Path, out: pathlib.Path, manifest, overwrite: bool):
+    """Move `folder` to `out`; returns the manifest that stands there afterwards."""
+    with contextlib.suppress(OSError):  # the destination is there and not empty, perhaps since a moment ago
+        os.rename(folder, out)
+        return manifest
+    old = read_manifest(out)
+    same = old["content_hash"] == manifest["content_hash"]
+    if same and not damaged(out, old):
+        return old
+    if not (same or overwrite):
+        raise ConfigError(
+            f"{out} holds another data set ({old['name']}, content {old['content_hash'][:12]}; "
+            f"this one is {manifest['name']}, {manifest['content_hash'][:12]}); use --overwrite or another directory"
+        )
+    aside = folder.with_suffix(".old")
+    os.rename(out, aside)
+    os.rename(folder, out)
+    shutil.rmtree(aside)
+    return manifest
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path) -> dict[str, Any]:
+    """The manifest of the data set in directory `path`."""
+    file = pathlib.Path(path).expanduser() / MANIFEST
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist; make a data set with `python -m tools.prepare_data --help`") from None
+    except (OSError, ValueError) as e:
+        raise DataError(f"{file} cannot be read: {e}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{file} is not a manifest of format {FORMAT}")
+    return manifest
+
+
+def damaged(path, manifest, thorough: bool = False) -> list[str]:
+    """Shards that are missing or of the wrong size and, if `thorough`, those whose bytes have changed."""
+    out = []
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            file = pathlib.Path(path).expanduser() / shard["file"]
+            if not file.exists() or file.stat().st_size != shard["bytes"] or (thorough and _sha256(file) != shard["sha256"]):
+                out.append(str(file))
+    return out
+
+
+class Records:
+    """Random access to one split: `read(indices)` gives a dict of stacked arrays (and lists of strings)."""
+
+    def __init__(self, path, split: str):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.manifest = read_manifest(path)
+        if split not in self.manifest["splits"]:
+            raise ConfigError(f"split {split!r} is not in {path}; valid: {', '.join(self.manifest['splits'])}")
+        if bad := damaged(path, self.manifest):
+            raise DataError(f"{', '.join(bad)}: missing or not of the size in {MANIFEST}; prepare the data again")
+        shards = self.manifest["splits"][split]["shards"]
+        self._source = ArrayRecordDataSource([str(pathlib.Path(path).expanduser() / s["file"]) for s in shards])
+
+    def __len__(self):
+        return len(self._source)
+
+    def read(self, indices) -> dict[str, Any]:
+        return _decode(self._source.__getitems__([int(i) for i in indices]), self.manifest["features"])

@@ -1,0 +1,180 @@
+"""Sources: a name and its settings -> random access to the examples of one split.
+
+`read(indices)` returns a dict of columns: "image" uint8 (n, H, W, C), or a list of (H, W, C) of several sizes; "x" float32
+(n, ...) for points; "win" and "lose" for preference pairs; "label" int32 (n,); "caption" list of strings.
+"""
+
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flowjax.config import ConfigError
+from flowjax.data import counter, images, records
+from flowjax.data.records import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a data set.
+
+    Properties: `manifest` has at least name, split, count (None: endless), shape (None where images differ), dtype, columns,
+    num_classes (0: unlabelled) and class_names.
+    """
+
+    manifest: Mapping[str, Any]
+    read: Callable[[np.ndarray], dict[str, Any]]
+
+    @property
+    def endless(self) -> bool:
+        return self.manifest["count"] is None
+
+    def __len__(self) -> int:
+        if self.endless:
+            raise TypeError(f"{self.manifest['name']} is endless")
+        return self.manifest["count"]
+
+
+def data_root(data_dir: str = "") -> pathlib.Path:
+    """Where data sets are kept: `data_dir`, else $FLOWJAX_DATA, else ~/.cache/flowjax."""
+    return pathlib.Path(data_dir or os.environ.get("FLOWJAX_DATA") or "~/.cache/flowjax").expanduser()
+
+
+def digits(split: str, data_dir: str = "") -> Source:
+    """scikit-learn's 8x8 digits, prepared under data_root(data_dir) on first use. Splits train (1,500) and test (297)."""
+    from flowjax.data import digits as builder
+
+    return tfds(split, directory=str(builder.prepare(data_root(data_dir))))
+
+
+def tfds(split: str, dataset: str = "", data_dir: str = "", directory: str = "", image: str = "image", label: str = "label") -> Source:
+    """A TFDS data set prepared in array_record format: `directory`, or the newest version of data_root(data_dir)/dataset.
+
+    `image` and `label` name its features; label = "" leaves the labels out.
+    """
+    import tensorflow_datasets
+
+    from flowjax.data.prepare import open_tfds
+
+    if bool(dataset) == bool(directory):
+        raise ConfigError("data: give either dataset (with data_dir) or directory")
+    path = pathlib.Path(directory).expanduser() if directory else _newest_version(data_root(data_dir) / dataset)
+    builder = open_tfds(path)
+    features, splits = dict(builder.info.features), builder.info.splits
+    if split not in splits:
+        raise ConfigError(f"split {split!r} is not in {path}; valid: {', '.join(splits)}")
+    if not isinstance(features.get(image), tensorflow_datasets.features.Image):
+        raise ConfigError(f"data.image = {image!r} is not an image feature of {path}; its features: {', '.join(features)}")
+    if label and label in features and not isinstance(features[label], tensorflow_datasets.features.ClassLabel):
+        raise ConfigError(f"data.label = {label!r} of {path} is not a ClassLabel; use label = '' to leave it out")
+    labelled = bool(label) and label in features
+    rows = builder.as_data_source(split, decoders={image: tensorflow_datasets.decode.SkipDecoding()})
+
+    def read(indices):
+        found = rows.__getitems__([int(i) for i in indices])
+        where = [f"{path} ({split} row {i})" for i in indices]
+        out = {"image": [images.decode(io.BytesIO(r[image]), w) for r, w in zip(found, where, strict=True)]}
+        if labelled:
+            out["label"] = np.array([r[label] for r in found], np.int32)
+        return out
+
+    shape = features[image].shape
+    manifest = {
+        "name": builder.info.name,
+        "version": str(builder.info.version),
+        "split": split,
+        "count": splits[split].num_examples,
+        "shape": None if None in shape else list(shape),
+        "dtype": "uint8",
+        "columns": ["image", "label"] if labelled else ["image"],
+        "num_classes": features[label].num_classes if labelled else 0,
+        "class_names": list(features[label].names) if labelled else [],
+        "path": str(path),
+    }
+    return Source(manifest, read)
+
+
+def _newest_version(root: pathlib.Path) -> pathlib.Path:
+    if (root / "dataset_info.json").exists():
+        return root
+    versions = [f.parent for f in root.glob("*/dataset_info.json")]
+    if not versions:
+        raise DataError(f"{root}: no prepared TFDS data set (no <version>/dataset_info.json)")
+    return max(versions, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
+
+
+def array_record(split: str, path: str) -> Source:
+    """A directory made by tools/prepare_data.py (or flowjax.data.records.write)."""
+    reader = records.Records(path, split)
+    whole = reader.manifest
+    kept = {k: whole[k] for k in ("name", "dtype", "num_classes", "class_names", "captions", "content_hash")}
+    place = {"split": split, "count": len(reader), "shape": whole["image_shape"], "path": str(path)}
+    manifest = kept | place | {"columns": list(whole["features"])}
+    return Source(manifest, reader.read)
+
+
+def preferences(split: str, path: str) -> Source:
+    """Preference pairs written by `write_preferences`."""
+    source = array_record(split, path)
+    missing = {"win", "lose"} - set(source.manifest["columns"])
+    if missing:
+        raise ConfigError(f"data.path = {path!r} holds no {' and no '.join(sorted(missing))}: not a data set of preference pairs")
+    return source
+
+
+def write_preferences(path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False):
+    """Write preference pairs as records with one split, train; returns the manifest.
+
+    **Arguments:** `win`, `lose` (n, ...) uint8 images or float32 arrays as a model makes them; `label` (n,) integers in
+    0..num_classes - 1; `meta` tells how the pairs came about and is kept in the manifest.
+    """
+    win, lose = np.asarray(win), np.asarray(lose)
+    if win.shape != lose.shape or win.dtype != lose.dtype or win.dtype not in (np.uint8, np.float32) or win.ndim < 2:
+        raise ConfigError(f"win {win.dtype}{win.shape} and lose {lose.dtype}{lose.shape} must be alike: uint8 or float32 (n, ...)")
+    columns = {"win": win, "lose": lose}
+    if label is not None:
+        columns["label"] = label = np.asarray(label, np.int32)
+        if label.shape != win.shape[:1] or np.any((label < 0) | (label >= num_classes)):
+            raise ConfigError(f"label must hold {len(win)} integers in 0..{num_classes - 1} (num_classes = {num_classes})")
+    rows = (("train", f"{path} (row {i})", {k: v[i] for k, v in columns.items()}) for i in range(len(win)))
+    classes = num_classes if label is not None else 0
+    return records.write(path, rows, name="preferences", num_classes=classes, source=meta, overwrite=overwrite)
+
+
+def _toy(toy: str, split: str, seed: int = 0) -> Source:
+    """Endless 2-D data (flowjax.data.toys); `seed` and the split choose the stream."""
+    from flowjax.data.toys import TOYS
+
+    if split not in ("train", "test"):
+        raise ConfigError(f"split {split!r} of {toy} is unknown; valid: train, test")
+    draw, class_names = TOYS[toy]
+    key = counter.make_key(seed, split == "test")
+    manifest = {
+        "name": toy,
+        "split": split,
+        "count": None,
+        "shape": [2],
+        "dtype": "float32",
+        "columns": ["x", "label"] if class_names else ["x"],
+        "num_classes": len(class_names),
+        "class_names": class_names,
+        "seed": seed,
+    }
+    return Source(manifest, lambda indices: draw(np.asarray(indices), key))
+
+
+
+SOURCES = {
+    "digits": digits,
+    "tfds": tfds,
+    "array_record": array_record,
+    "preferences": preferences,
+    "mix4": functools.partial(_toy, "mix4"),
+    "moons": functools.partial(_toy, "moons"),
+    "checkerboard": functools.partial(_toy, "checkerboard"),
+}

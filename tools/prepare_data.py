@@ -1,0 +1,72 @@
+"""Turn your images into a data set that flowjax reads: ArrayRecord shards and a manifest.
+
+    python -m tools.prepare_data --door=npz    --path=mnist.npz        --out=~/data/mnist
+    python -m tools.prepare_data --door=idx    --path=folder_of_idx_gz --out=~/data/mnist
+    python -m tools.prepare_data --door=folder --path=photos           --out=~/data/photos --size=64 --holdout=0.1
+    python -m tools.prepare_data --door=tfds   --path=tfds/name/1.0.0  --out=~/data/name
+    python -m tools.prepare_data --door=digits --out=~/data            (scikit-learn's digits, as a TFDS data set)
+    python -m tools.prepare_data --verify=~/data/photos                (compare every shard with its recorded hash)
+
+Train on it with --config.data.name=array_record --config.data.path=~/data/photos.
+"""
+
+import pathlib
+import shlex
+import sys
+
+from absl import app, flags
+
+from flowjax.config import ConfigError
+from flowjax.data import prepare, records
+
+_DOOR = flags.DEFINE_enum("door", None, [*prepare.DOORS, "digits"], "What the data is.")
+_PATH = flags.DEFINE_string("path", "", "The file or folder to read.")
+_OUT = flags.DEFINE_string("out", "", "The directory to write.")
+_NAME = flags.DEFINE_string("name", "", "Name of the data set; by default that of the path.")
+_SIZE = flags.DEFINE_integer("size", 0, "Resize to size x size (shorter side, then centre crop); 0 keeps the size.")
+_CHANNELS = flags.DEFINE_integer("channels", 0, "1 (grey), 3 (RGB) or 4 (RGBA); 0 keeps the channels.")
+_HOLDOUT = flags.DEFINE_float("holdout", 0.0, "Fraction of the images that becomes the test split.")
+_CLASS_NAMES = flags.DEFINE_list("class_names", [], "Names of classes 0, 1, ... (npz and idx).")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace another data set in --out.")
+_VERIFY = flags.DEFINE_string("verify", "", "Check this prepared directory instead.")
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    try:
+        if _VERIFY.value:
+            if bad := records.damaged(_VERIFY.value, records.read_manifest(_VERIFY.value), thorough=True):
+                sys.exit(f"error: damaged: {', '.join(bad)}")
+            print(f"{_VERIFY.value}: every shard is as it was written")
+            return
+        if not _DOOR.value or not _OUT.value or bool(_PATH.value) == (_DOOR.value == "digits"):
+            raise app.UsageError("give --door, --out and, except for digits, --path")
+        if _DOOR.value == "digits":
+            from flowjax.data import digits
+
+            print(f"{digits.prepare(pathlib.Path(_OUT.value).expanduser())}: ready")
+            return
+        manifest = prepare.prepare(
+            _DOOR.value,
+            _PATH.value,
+            _OUT.value,
+            name=_NAME.value,
+            size=_SIZE.value,
+            channels=_CHANNELS.value,
+            holdout=_HOLDOUT.value,
+            class_names=tuple(_CLASS_NAMES.value),
+            overwrite=_OVERWRITE.value,
+            command=shlex.join(["python", "-m", "tools.prepare_data", *sys.argv[1:]]),
+        )
+    except ConfigError as e:
+        sys.exit(f"error: {e}")
+    counts = ", ".join(f"{k} {v['count']}" for k, v in manifest["splits"].items())
+    print(
+        f"{_OUT.value}: {manifest['name']}, {counts}, image {manifest['image_shape']} {manifest['dtype']}, "
+        f"{manifest['num_classes']} classes, captions {manifest['captions']}, content {manifest['content_hash'][:12]}"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
