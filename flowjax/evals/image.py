@@ -7,6 +7,11 @@ from flowjax.config import ConfigError
 QUANTISATION = "clip(floor(127.5*(x+1)+0.5),0,255)"
 
 
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """floor(127.5 (x + 1) + 0.5), clipped to 0..255."""
+    return np.clip(np.floor(127.5 * (np.asarray(x, np.float64) + 1) + 0.5), 0, 255).astype(np.uint8)
+
+
 def quantise(x: np.ndarray, where: str = "images") -> np.ndarray:
     """uint8 (N, H, W, C) of float images in [-1, 1]: applied ONCE, so that generated images are judged as the 8-bit files they become.
 
@@ -22,7 +27,7 @@ def quantise(x: np.ndarray, where: str = "images") -> np.ndarray:
         raise ConfigError(f"{where}: {bad.sum()} of {len(x)} hold NaN or infinite values, the first is number {bad.argmax()}")
     if x.size and x.min() >= 0 and x.max() > 0:
         raise ConfigError(f"{where} must be in [-1, 1], got [{x.min():g}, {x.max():g}]: not a single negative value")
-    return np.clip(np.floor(127.5 * (x.astype(np.float64) + 1) + 0.5), 0, 255).astype(np.uint8)
+    return to_uint8(x)
 
 
 def dequantise(x: np.ndarray) -> np.ndarray:

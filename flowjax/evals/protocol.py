@@ -44,6 +44,11 @@ def code_version() -> str:
     return f"{flowjax.__version__}+{digest.hexdigest()[:12]}"
 
 
+def digest(settings: dict) -> str:
+    """Eight hexadecimal digits that tell settings apart, for file names."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One measurement with its circumstances. Fields are names, numbers or nested settings; all of it must be JSON without NaN.
