@@ -3,6 +3,7 @@
     export/config.json        model, path, prediction, latent statistics, shape, classes, the whole run config, step, hash
     export/params/            orbax checkpoint
     export/model.safetensors  the same arrays, names joined by dots
+    export/vae/               the export of the autoencoder, for a network that works on its latents
 """
 
 import json
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.config import ConfigError
+from flowjax.models import vae
 from flowjax.train import checkpoint as ck
 from flowjax.train.roles import build_role, same_shapes
 
@@ -48,12 +50,18 @@ def role_of(info: dict, where: str):
 
 
 def abstract(role, info: dict):
-    """Shapes of the role's parameters."""
+    """Shapes of the role's parameters, placed on one device (on all, replicated, when there are several processes)."""
     from flax.core import meta
+
+    if jax.process_count() == 1:
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    else:
+        place = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), jax.P())
 
     x = jnp.zeros((1, *info["shape"]), jnp.float32)
     cond = {"label": jnp.zeros((1,), jnp.int32)} if info.get("num_classes") else {}
-    return meta.unbox(jax.eval_shape(lambda k: role.init(k, x, cond), jax.random.key(0)))
+    shapes = meta.unbox(jax.eval_shape(lambda k: role.init(k, x, cond), jax.random.key(0)))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
 def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint"):
@@ -78,6 +86,42 @@ def load(path, weights: str = "ema", step: int | None = None, where: str = "chec
     part = "params/net" if weights == "params" else f"ema/{weights}"
     params, step = ck.load_part(path / "checkpoints", part, target, step)
     return role, params, {**info, "step": step, "weights": weights}
+
+
+def codec_of(path, info, where: str = "checkpoint"):
+    """The Latents codec that a network works with, or None: from the export itself, or from where the run took it."""
+    nested = pathlib.Path(path) / "vae"
+    section = info.get("config", {}).get("roles", {}).get("vae")
+    if not nested.exists() and not section:
+        return None
+    source, weights = (nested, "ema") if nested.exists() else (section["checkpoint"], section["weights"])
+    role, params, _ = load(source, weights, where=f"{where}: vae")
+    return role.net(params)
+
+
+def export(source, out, weights: str = "ema", step: int | None = None, latents=None):
+    """Export a workdir's network (and the autoencoder it depends on) to `out`. Returns the info written.
+
+    latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents.
+    """
+    role, params, info = load(source, weights, step)
+    if latents is not None:
+        info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
+    section = info.get("config", {}).get("roles", {}).get("vae")
+    nested = pathlib.Path(source) / "vae"
+    if nested.exists() or section:
+        origin = (nested, "ema") if nested.exists() else (section["checkpoint"], section["weights"])
+        _, vae_params, vae_info = load(*origin, where="roles.vae")
+        write(pathlib.Path(out) / "vae", vae_params, vae_info)
+    write(out, params, info)
+    return info
+
+
+def measure_latents(role, params, batches):
+    """{"mean", "std"} (C,) of the posterior means over batches of images, in float64 on the host."""
+    encode = jax.jit(lambda x: role.net(params).encode(x)[0])
+    stats = vae.measure(np.asarray(encode(x)) for x in batches)
+    return stats._asdict()
 
 
 def check_shapes(params, target, what: str):

@@ -4,17 +4,14 @@ import pathlib
 
 import numpy as np
 
-
-def to_uint8(x) -> np.ndarray:
-    """Images in [-1, 1] -> uint8, rounded once: floor(127.5 (x + 1) + 0.5), clipped."""
-    return np.clip(np.floor(127.5 * (np.asarray(x, np.float64) + 1.0) + 0.5), 0, 255).astype(np.uint8)
+from flowjax.evals.image import to_uint8
 
 
 def grid(images, path, columns: int = 10, least: int = 32):
     """Write (N, H, W, C) images in [-1, 1] as one PNG, enlarged by nearest neighbour until a side is at least `least`."""
     from PIL import Image
 
-    images = to_uint8(images)
+    images = to_uint8(np.nan_to_num(images))
     n, h, w, c = images.shape
     columns = min(columns, n)
     rows = -(-n // columns)

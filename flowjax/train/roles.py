@@ -15,6 +15,7 @@ import numpy as np
 
 from flowjax import models, paths, predictions
 from flowjax.config import ConfigError, build, lookup
+from flowjax.models import vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +39,15 @@ class Latents:
     """A frozen autoencoder with the statistics of its latents, as a codec between images and normalised latents."""
 
     net: Bound
-    mean: np.ndarray
-    std: np.ndarray
+    stats: vae.LatentStats
 
     def encode(self, x):
         """Images (B, H, W, C) -> posterior means, standardised per channel."""
-        return (self.net.encode(x)[0] - self.mean) / self.std
+        return vae.normalise(self.net.encode(x)[0], self.stats)
 
     def decode(self, latent):
         """Standardised latents -> images."""
-        return self.net.decode(latent * self.std + self.mean)
+        return self.net.decode(vae.denormalise(latent, self.stats))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Role:
             return models.denoiser(self.module, params, self.path, self.prediction)
         bound = Bound(self.module, params)
         if self.latents is not None:
-            stats = (np.asarray(self.latents[k], np.float32) for k in ("mean", "std"))
-            return Latents(bound, *stats)
+            return Latents(bound, vae.LatentStats(*(np.asarray(self.latents[k], np.float32) for k in ("mean", "std"))))
         return bound
 
     def init(self, key, x, cond):

@@ -1,0 +1,112 @@
+"""Evaluate: python -m experiments.evaluate --checkpoint=<export or workdir> [--count=1000 --guidance=none --seed=1 ...]
+
+Samples, measures against the held-out split of the run's data, and writes one protocol record (JSON) per setting. For an
+autoencoder: PSNR and SSIM of the held-out split's reconstructions.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import sampling, shell
+from flowjax.config import ConfigError
+from flowjax.train import runtime
+
+RECORD = flags.DEFINE_string("record", "", "JSON file to write; default: <checkpoint>/evaluation-<weights>-<step>-<hash>.json.")
+METRICS = flags.DEFINE_list("metrics", [], "Metrics instead of the run's config.")
+FEATURES = flags.DEFINE_list("features", [], "Feature networks instead of the run's config.")
+
+
+def reconstructions(role, params, x, batch: int):
+    """Posterior-mean reconstructions of x (N, H, W, C)."""
+    fn = jax.jit(lambda p, x: role.net(p).decode(role.net(p).encode(x)[0]))
+    return np.concatenate([np.asarray(fn(params, x[i : i + batch])) for i in range(0, len(x), batch)])
+
+
+def measure_autoencoder(role, params, info, section):
+    """(circumstances, results) of an autoencoder on the held-out split."""
+    from flowjax.data.pipeline import arrays
+    from flowjax.evals import image
+
+    given = [k for k in (*sampling.SAMPLING, "metrics", "features") if flags.FLAGS[k].present]
+    if given:
+        raise ConfigError(f"--{given[0]} means nothing for an autoencoder: its held-out reconstructions are measured")
+    x = arrays(info["config"]["data"], section["test_split"])["x"]
+    results = {"reconstruction": image.reconstruction(reconstructions(role, params, x, section["batch"]), x)}
+    about = {"samples": len(x), "features": [], "reference": {section["test_split"]: {"count": len(x)}}}
+    return {"sampler": "reconstruction", "steps": 0, "guidance": None, "label_rule": None, "seed": 0, **about}, results
+
+
+def measure_samples(role, params, info, section, checkpoint):
+    """(circumstances, results) of samples."""
+    from flowjax import generate
+    from flowjax.data.pipeline import arrays
+    from flowjax.evals import protocol
+    from flowjax.evals.evaluate import evaluate
+    from flowjax.train import export
+
+    count = sampling.COUNT.value or section["count"]
+    seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
+    chosen = sampling.options(info)
+    rule, cond = None, {}
+    if info["model"].get("num_classes"):
+        rule = "in turn: " + ",".join(sampling.LABELS.value) if sampling.LABELS.value else section["labels"]
+        cond = sampling.asked(info, count)
+        if not sampling.LABELS.value:
+            cond = {"label": protocol.labels(count, info["num_classes"], rule, seed)}
+    sample = jax.jit(generate.make(role, tuple(info["shape"]), codec=export.codec_of(checkpoint, info), **chosen))
+    x = generate.run(sample, params, cond, count, seed=seed, batch=sampling.BATCH.value)
+
+    def real(split):
+        part = arrays(info["config"]["data"], split)
+        return {"x": part["x"], "label": part["cond"].get("label", np.zeros(len(part["x"]), np.int32))}
+
+    results = evaluate(
+        x,
+        cond.get("label"),
+        {"train": real(section["train_split"]), "test": real(section["test_split"])},
+        {
+            "metrics": METRICS.value or section["metrics"],
+            "features": FEATURES.value or section["features"],
+            "judge": section["judge"],
+            "seed": seed,
+        },
+    )
+    about = results.pop("circumstances")
+    guidance = None if chosen["guidance"] == "none" else chosen["guidance"]
+    results["clipped"] = about["clipped"]
+    return {
+        "sampler": {"sampler": chosen["sampler"], "grid": chosen["grid"]}, "steps": chosen["steps"], "guidance": guidance,
+        "label_rule": rule, "seed": seed, **{k: about[k] for k in ("samples", "features", "reference")},
+    }, results  # fmt: skip
+
+
+def main():
+    runtime.setup()
+    from flowjax.evals import protocol
+    from flowjax.train import export
+
+    checkpoint, weights = sampling.CHECKPOINT.value, sampling.WEIGHTS.value
+    role, params, info = export.load(checkpoint, weights)
+    section = info["config"]["evaluate"]
+    if role.module.kind == "autoencoder":
+        circumstances, results = measure_autoencoder(role, params, info, section)
+    else:
+        circumstances, results = measure_samples(role, params, info, section, checkpoint)
+    record = protocol.Record(
+        **circumstances, ema=None if info["weights"] == "params" else info["weights"], checkpoint_step=info["step"],
+        checkpoint=str(checkpoint), results=results,
+    )  # fmt: skip
+    name = f"evaluation-{info['weights']}-{info['step']}-{protocol.digest(circumstances)}.json"
+    path = pathlib.Path(RECORD.value or pathlib.Path(checkpoint) / name)
+    record.write(path)
+    print(json.dumps(results, indent=1))
+    print(f"record: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    shell.run(main)

@@ -1,0 +1,41 @@
+"""Export: python -m experiments.export --workdir=runs/digits [--out=runs/digits/export --weights=ema --step=2000]
+
+Writes the averaged weights as an orbax checkpoint and as safetensors, with the config that rebuilds the network. For an
+autoencoder the per-channel statistics of its latents over the training data are measured and stored with it.
+"""
+
+import pathlib
+
+from absl import flags
+
+from experiments import shell
+from flowjax.train import runtime
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run to export.", required=True)
+OUT = flags.DEFINE_string("out", "", "Where to; default: <workdir>/export.")
+WEIGHTS = flags.DEFINE_string("weights", "ema", 'The name of an average, or "params".')
+STEP = flags.DEFINE_integer("step", 0, "Which checkpoint; 0: the newest intact one.")
+LATENT_EXAMPLES = flags.DEFINE_integer("latent_examples", 50_000, "Examples for an autoencoder's latent statistics.")
+
+
+def main():
+    runtime.setup()
+    from flowjax.data.pipeline import pipeline
+    from flowjax.train import export
+
+    step = STEP.value or None
+    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "export")
+    latents = None
+    role, params, info = export.load(WORKDIR.value, WEIGHTS.value, step)
+    if role.module.kind == "autoencoder":
+        count = info["data"].get("count") or LATENT_EXAMPLES.value
+        batch = min(250, count)
+        stream = pipeline(info["config"]["data"], batch, 0, shuffle=True)
+        latents = export.measure_latents(role, params, (next(stream)["x"] for _ in range(min(count, LATENT_EXAMPLES.value) // batch)))
+    info = export.export(WORKDIR.value, out, WEIGHTS.value, step, latents)
+    print(f"step {info['step']} ({info['weights']}): {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    shell.run(main)
