@@ -59,6 +59,10 @@ def test_covariances_that_do_not_commute():
     assert frechet.distance(b, a) == pytest.approx(5.8838173, abs=5e-8)
 
 
+def test_two_samples_have_a_covariance():
+    np.testing.assert_allclose(frechet.statistics(np.array([[0.0], [2.0]])).cov, [[2.0]])
+
+
 def test_a_set_is_at_distance_zero_from_itself():
     stats = frechet.statistics(draw(200, 16))
     assert abs(frechet.distance(stats, stats)) < 1e-6 * np.trace(stats.cov)
@@ -120,7 +124,7 @@ def test_expected_bias_is_what_sampling_produces():
         frechet.distance(*(frechet.statistics(rng.normal(size=(n, 5)) * scale) for n in (n1, n2))) for _ in range(1500)
     ]
     spread = np.std(values) / np.sqrt(len(values))
-    expected = frechet.expected_bias(np.diag(scale**2) , n1, n2)
+    expected = frechet.expected_bias(np.diag(scale**2), n1, n2)
     assert abs(np.mean(values) - expected) < 4 * spread + 0.01 * expected
     assert spread < 0.02 * expected
 

@@ -17,6 +17,10 @@ def test_rounding_rule():
     assert got.ravel().tolist() == [0, 255, 128, 255, 0, 10, 11]
 
 
+def test_grey_from_an_untrained_network_is_an_image():
+    assert (quantise(np.zeros((1, 2, 2, 1))) == 128).all()
+
+
 def test_eight_bit_images_survive():
     x = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     y = dequantise(x)
@@ -30,6 +34,7 @@ def test_eight_bit_images_survive():
         (np.zeros((2, 4, 4)), "N, H, W, C"),
         (np.zeros((2, 4, 4, 1), np.uint8), "uint8"),
         (np.full((2, 4, 4, 1), 0.5), "negative"),
+        (np.arange(16.0).reshape(1, 4, 4, 1) / 15, "negative"),
         (np.full((2, 4, 4, 1), np.inf), "2 of 2"),
         (np.where(np.arange(3)[:, None, None, None] == 1, np.nan, -np.ones((3, 4, 4, 1))), "1 of 3 .* number 1"),
     ],
@@ -68,6 +73,7 @@ def test_ssim_of_ramps(axis):
     luminance = (2 * ma * mb + 1e-4) / (ma**2 + mb**2 + 1e-4)
     structure = (2 * -0.02 * 0.01 * spread + 9e-4) / ((0.02**2 + 0.01**2) * spread + 9e-4)
     assert ssim(a, b, 1.0)[0] == pytest.approx((luminance * structure).mean(), rel=1e-9)
+    assert ssim(5 * a, 5 * b, 5.0)[0] == pytest.approx((luminance * structure).mean(), rel=1e-9)
 
 
 def test_ssim_of_itself_and_of_small_images():
@@ -98,4 +104,5 @@ def test_reconstruction_leaves_identical_images_out_of_the_mean():
     report = reconstruction(y, x)
     assert report["identical"] == 2 and report["psnr"] == pytest.approx(20 * np.log10(5), rel=1e-6)
     assert 2 / 3 < report["ssim"] < 1
+    assert reconstruction(x[:, :11], x[:, :11])["ssim"] == pytest.approx(1)
     assert reconstruction(x[:, :8], x[:, :8]) == {"psnr": None, "ssim": None, "identical": 3}

@@ -77,6 +77,7 @@ def test_balls_worked_by_hand():
     # Real 0, 1, 3 with k = 1 have radii 1, 1, 2. Generated -1 and 5 lie exactly on a boundary, 100 far outside.
     real, generated = column(0, 1, 3), column(-1, 5, 100)
     assert precision_recall(real=real, generated=generated, k=1) == {"precision": pytest.approx(2 / 3), "recall": 1.0}
+    assert precision_recall(real=generated, generated=real, k=1) == {"precision": 1.0, "recall": pytest.approx(2 / 3)}
     assert density_coverage(real=real, generated=generated, k=1) == {"density": 0.0, "coverage": 0.0}
     # 0.5 lies in two balls, 2 in the third; k = 2: radii 3, 2, 3, and 0.5 lies in all of them, 2 too
     inner = column(0.5, 2, 50)
@@ -94,6 +95,9 @@ def test_argument_order():
     swapped = precision_recall(real=generated, generated=real)
     assert swapped == {"precision": scores["recall"], "recall": scores["precision"]}
     assert density_coverage(real=real, generated=generated)["coverage"] <= 0.5
+    # The papers' neighbour counts are what is used unasked.
+    assert scores == precision_recall(real=real, generated=generated, k=3) != precision_recall(real=real, generated=generated, k=4)
+    assert density_coverage(real=real, generated=generated) == density_coverage(real=real, generated=generated, k=5)
     with pytest.raises(TypeError):
         precision_recall(real, generated)
 
@@ -162,6 +166,15 @@ def test_memorisation_worked_by_hand():
         "median_distance_held_out": 11.25,
         "flagged": False,
     }
+
+
+def test_memorisation_ties_count_for_neither_side():
+    # 5 is as far from train as from held-out, and exactly as near to train as the held-out quantile.
+    report = memorisation.memorisation(column(5), column(0, 100), column(10, 5), quantile=0.5)
+    assert report["sided"] == 0.0 and report["exact_copies"] == 0.0
+    tie = memorisation.memorisation(column(5), column(0, 100), column(10), quantile=0.5)
+    assert tie["sided"] == 0.0 and tie["near"] == 1.0
+    assert memorisation.memorisation(column(10), column(0, 100), column(10), quantile=0.5)["near"] == 0.0
 
 
 def test_three_standard_errors():
