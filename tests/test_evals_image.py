@@ -66,7 +66,7 @@ def test_ssim_of_ramps(axis):
     w = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     spread = (w * np.arange(-5, 6) ** 2).sum() / w.sum()
     position = np.arange(14.0)
-    ramp = np.moveaxis(np.broadcast_to(position, (1, 11, 1, 14)), 3, axis).reshape((1, 14, 11, 1) if axis == 1 else (1, 11, 14, 1))
+    ramp = np.broadcast_to(position[:, None] if axis == 1 else position, (14, 14))[None, ..., None]
     a, b = 0.02 * ramp, 0.4 - 0.01 * ramp
     seen = position[5:-5]  # the valid region
     ma, mb = 0.02 * seen, 0.4 - 0.01 * seen

@@ -23,7 +23,7 @@ def test_mmd_of_two_unit_vectors_with_themselves():
 
 
 def test_mmd_with_unequal_counts_and_sets():
-    # d = 1, k = (xy + 1)^3: x pairs 1*2 -> 27, y pairs (0,1) 1, (0,-1) 1, (1,-1) 0; cross (1,0)1 (1,1)8 (1,-1)0 (2,0)1 (2,1)27 (2,-1)-1
+    # k = (xy + 1)^3: x pair 27; y pairs 1, 1, 0; cross 1, 8, 0 for x = 1 and 1, 27, -1 for x = 2
     assert mmd2(column(1, 2), column(0, 1, -1)) == pytest.approx(27 + 2 / 3 - 2 * 36 / 6, abs=1e-12)
 
 
@@ -96,7 +96,8 @@ def test_argument_order():
     assert swapped == {"precision": scores["recall"], "recall": scores["precision"]}
     assert density_coverage(real=real, generated=generated)["coverage"] <= 0.5
     # The papers' neighbour counts are what is used unasked.
-    assert scores == precision_recall(real=real, generated=generated, k=3) != precision_recall(real=real, generated=generated, k=4)
+    assert scores == precision_recall(real=real, generated=generated, k=3)
+    assert scores != precision_recall(real=real, generated=generated, k=4)
     assert density_coverage(real=real, generated=generated) == density_coverage(real=real, generated=generated, k=5)
     with pytest.raises(TypeError):
         precision_recall(real, generated)

@@ -1,4 +1,4 @@
-"""Evaluation: distances between image sets, agreement with the asked class, memorisation, and the record that makes them comparable.
+"""Evaluation: distances between image sets, class agreement, memorisation, and the record that makes them comparable.
 
 evaluate.py     generated images + real splits -> a dict of measurements (METRICS lists them)
 protocol.py     the record of sampler, guidance, labels, references ... that is stored with every number

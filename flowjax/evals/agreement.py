@@ -1,8 +1,8 @@
 """Does an independent classifier see the class that was asked for?
 
-The judge is a support vector machine on pixels: another family than every network trained here, so it can be neither the generator's
-guidance classifier nor the feature network under another name. Its own held-out accuracy bounds what agreement can mean and is
-reported beside it.
+The judge is a support vector machine on pixels: another family than every network trained here, so it can be neither the
+generator's guidance classifier nor the feature network under another name. Its own held-out accuracy bounds what agreement can
+mean and is reported beside it.
 """
 
 from dataclasses import dataclass

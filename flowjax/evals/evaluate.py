@@ -1,6 +1,6 @@
 """generated images + real splits -> measurements, each beside what real images score in the same place.
 
-The reference is always the held-out split: a network trained on the train split has seen its images, and so may the generator have.
+The reference is always the held-out split: the feature network has seen the train images, and so may the generator have.
 """
 
 import functools
@@ -23,7 +23,10 @@ BLOCK = 8192  # images per batch of streamed statistics
 
 @dataclass(frozen=True)
 class Sets:
-    """What the metrics look at: uint8 images (N, H, W, C) and integer labels (N,) of the three sets; asked is None if unconditional."""
+    """What the metrics look at: uint8 images (N, H, W, C) and integer labels (N,) of the three sets.
+
+    asked, the labels that samples were asked for, is None when unconditional; judge is None when no metric needs one.
+    """
 
     generated: np.ndarray
     asked: np.ndarray | None
@@ -75,7 +78,7 @@ def frechet(sets: Sets) -> dict:
 
 
 def kid(sets: Sets, subsets: int = 100, subset_size: int = 1000) -> dict:
-    """Unbiased cubic-kernel MMD^2 to the held-out split, and of train to held-out (`floor`); subsets shrink to the smallest set."""
+    """Unbiased cubic-kernel MMD^2 to held-out, and of train to held-out (`floor`); subsets shrink to the smallest set."""
     size = min(subset_size, len(sets.generated), len(sets.test), len(sets.train))
     out = {}
     for net, generated, test in sets.compared:
@@ -149,11 +152,11 @@ def evaluate(images: np.ndarray, labels: np.ndarray | None, data: Mapping, setti
       images: generated, float (N, H, W, C) around [-1, 1]; rounded to 8 bits here, once.
       labels: the asked classes, int (N,), or None.
       data: {"train": {"x": (M, H, W, C) in [-1, 1], "label": (M,)}, "test": the same}.
-      settings: metrics, features, judge, seed, cache: see `select`.
+      settings: metrics, features, judge: names or sections of METRICS, FEATURES, JUDGES; seed; cache: a folder for networks.
 
     Returns:
-      {metric: its measurements} for every metric asked for, and "circumstances": what a protocol.Record wants to know of it (sample
-      count, features, reference hashes, rounding) with the share of pixel values that were clipped by more than one grey level.
+      {metric: its measurements} for every metric asked for, and "circumstances": what a protocol.Record wants to know of it
+      (sample count, features, reference hashes, rounding) with the share of pixel values clipped by more than one grey level.
 
     Raises:
       ConfigError: images of wrong shape, range or too few, NaN, labels that no class has, or settings that do not exist.
@@ -171,7 +174,7 @@ def _evaluate(
     seed: int = 0,
     cache: str = None,
 ) -> dict:
-    """metrics: names of METRICS or sections with a name; features: likewise of FEATURES; judge: of JUDGES; cache: folder for networks."""
+    """The settings of `evaluate` with their defaults, by name so that an unknown one is refused."""
     chosen = [bind(METRICS, section, "evals.metrics", ("sets",)) for section in metrics]
     (train, train_labels), (test, test_labels) = _split(data, "train"), _split(data, "test")
     generated = quantise(images, "generated images")
@@ -185,7 +188,7 @@ def _evaluate(
         unknown = np.setdiff1d(labels, train_labels)
         if labels.shape != (len(generated),) or len(unknown):
             raise ConfigError(
-                f"labels of shape {labels.shape} for {len(generated)} images; values that the train split lacks: {unknown.tolist()}"
+                f"labels of shape {labels.shape} for {len(generated)} images; values the train split lacks: {unknown.tolist()}"
             )
     nets = tuple(extractor(section, train, train_labels, cache) for section in features)
     asks_judge = any(metric.func is agreement for metric in chosen)

@@ -109,8 +109,8 @@ def classifier(
 ) -> Features:
     """Penultimate layer of a small convolutional classifier trained on the train split: sees class content, less of texture.
 
-    With `cache`, a folder, the weights are kept under a hash of the data, the recipe and the code that trains, so that a change of
-    any of them trains anew.
+    With `cache`, a folder, the weights are kept under a hash of the data, the recipe and the code that trains, so that a change
+    of any of them trains anew.
     """
     net = Classifier(int(labels.max()) + 1, width, stages, dim)
     code = inspect.getsource(Classifier) + inspect.getsource(_fit)

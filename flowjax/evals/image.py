@@ -13,7 +13,7 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def quantise(x: np.ndarray, where: str = "images") -> np.ndarray:
-    """uint8 (N, H, W, C) of float images in [-1, 1]: applied ONCE, so that generated images are judged as the 8-bit files they become.
+    """uint8 (N, H, W, C) of float images in [-1, 1]: applied ONCE, so that samples are judged as the 8-bit files they become.
 
     A model may overshoot [-1, 1] and is clipped. What cannot be in this range (integers, NaN, nothing negative) is refused.
     """
@@ -43,7 +43,7 @@ def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, data_range: float) -> np.ndarray:
-    """PSNR (N,) in dB per image, 10 log10(range^2 / MSE); data_range is 2 for [-1, 1] and 255 for uint8. inf for identical images."""
+    """PSNR (N,) in dB per image, 10 log10(range^2 / MSE), inf where identical; data_range: 2 for [-1, 1], 255 for uint8."""
     a, b = _pair(a, b)
     with np.errstate(divide="ignore"):
         return 10 * np.log10(data_range**2 / ((a - b) ** 2).mean(axis=(1, 2, 3)))
@@ -52,8 +52,8 @@ def psnr(a: np.ndarray, b: np.ndarray, data_range: float) -> np.ndarray:
 def ssim(a: np.ndarray, b: np.ndarray, data_range: float) -> np.ndarray:
     """SSIM (N,) per image (Wang et al. 2004): Gaussian window 11x11 of sigma 1.5, population covariance, valid region only.
 
-    Per channel, then averaged. The valid region is what the paper and scikit-image's gaussian_weights=True use; libraries that average
-    over a reflect-padded map give other numbers.
+    Per channel, then averaged. The valid region is what the paper and scikit-image's gaussian_weights=True use; libraries that
+    average over a reflect-padded map give other numbers.
     """
     a, b = _pair(a, b)
     if min(a.shape[1:3]) < 11:

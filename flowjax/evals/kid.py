@@ -1,4 +1,4 @@
-"""Kernel Inception Distance's estimator on any features: unbiased MMD^2 with the cubic kernel (Binkowski et al. 2018, 1801.01401)."""
+"""The estimator of the Kernel Inception Distance on any features: unbiased MMD^2, cubic kernel (Binkowski et al., 1801.01401)."""
 
 import numpy as np
 
@@ -6,7 +6,10 @@ from flowjax.config import ConfigError
 
 
 def mmd2(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased MMD^2 of x (m, d) and y (n, d) under k(a, b) = (a.b / d + 1)^3; its mean is 0 for equal distributions, so it can be < 0."""
+    """Unbiased MMD^2 of x (m, d) and y (n, d) under k(a, b) = (a.b / d + 1)^3.
+
+    Its mean is 0 for equal distributions, so it can be negative.
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     (m, d), n = x.shape, len(y)
     if min(m, n) < 2:

@@ -1,7 +1,7 @@
 """Are generated samples copies of training samples? No distance between distributions sees it: a copied train set scores best.
 
-Held-out samples are the yardstick: by construction they are not copies, so their distances to the train set show how near one comes
-without copying. Two views, since each alone can mislead:
+Held-out samples are the yardstick: by construction they are not copies, so their distances to the train set show how near one
+comes without copying. Two views, since each alone can mislead:
 
 - near: share of samples nearer to the train set than all but a share q of the held-out ones. Smooth or typical samples (guidance,
   averaging) raise it without copying anything.
@@ -39,7 +39,7 @@ def exceeds(share: float, expected: float, n: int, m: int) -> bool:
 def memorisation(
     generated: np.ndarray, train: np.ndarray, test: np.ndarray, quantile: float = 0.05, limit: int = 2000, seed: int = 0
 ) -> dict:
-    """Nearest-neighbour evidence on features (N, d) of the three sets; at most `limit` of the generated and held-out rows, by `seed`."""
+    """Nearest-neighbour evidence on features (N, d) of the three sets; `limit` bounds the generated and held-out rows, by `seed`."""
     if not 0 < quantile < 1:
         raise ConfigError(f"memorisation.quantile = {quantile} must lie between 0 and 1")
     rng = np.random.default_rng(seed)

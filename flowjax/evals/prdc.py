@@ -1,7 +1,7 @@
 """Precision and recall (Kynkaanniemi et al. 2019, 1904.06991); density and coverage (Naeem et al. 2020, 2002.09797).
 
-Swapping the two sets swaps precision with recall without any sign of it, hence keyword-only arguments. All four depend on k and on
-the sample counts: compare equal counts only.
+Swapping the two sets swaps precision with recall without any sign of it, hence keyword-only arguments. All four depend on k and
+on the sample counts: compare equal counts only.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance (N,) of every row to its k-th neighbour in x; index k of the sorted row, since index 0 is the row itself."""
+    """Squared distance (N,) of every row to its k-th neighbour in x: index k of the sorted row, since 0 is the row itself."""
     return np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _blocks(x, x)])
 
 
@@ -48,7 +48,7 @@ def precision_recall(*, real: np.ndarray, generated: np.ndarray, k: int = 3) -> 
 
 
 def density_coverage(*, real: np.ndarray, generated: np.ndarray, k: int = 5) -> dict[str, float]:
-    """Mean number of real balls around a generated sample over k (may exceed 1), and share of real balls holding a generated sample.
+    """Mean number of real balls around a generated sample over k (may exceed 1), and share of real balls that hold one.
 
     Balls exclude their boundary (2002.09797, eqs. 3 and 4).
     """
@@ -63,6 +63,6 @@ def density_coverage(*, real: np.ndarray, generated: np.ndarray, k: int = 5) -> 
 
 
 def expected_coverage(n_real: int, n_generated: int, k: int = 5) -> float:
-    """E[coverage] for equal distributions: 1 - prod_{j=1..k} (N-j)/(N+M-j), about 1 - 2^-k at N = M. E[density] is 1 (2002.09797)."""
+    """E[coverage] of equal distributions, 1 - prod_{j=1..k} (N-j)/(N+M-j): about 1 - 2^-k at N = M; E[density] is 1."""
     j = np.arange(1, k + 1)
     return float(1 - np.prod((n_real - j) / (n_real + n_generated - j)))
