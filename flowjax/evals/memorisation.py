@@ -39,7 +39,7 @@ def exceeds(share: float, expected: float, n: int, m: int) -> bool:
 def memorisation(
     generated: np.ndarray, train: np.ndarray, test: np.ndarray, quantile: float = 0.05, limit: int = 2000, seed: int = 0
 ) -> dict:
-    """Nearest-neighbour evidence on features (N, d) of the three sets; `limit` bounds the generated and held-out rows, by `seed`."""
+    """Nearest-neighbour evidence on features (N, d) of three sets; `limit` bounds the generated and held-out rows (by `seed`)."""
     if not 0 < quantile < 1:
         raise ConfigError(f"memorisation.quantile = {quantile} must lie between 0 and 1")
     rng = np.random.default_rng(seed)
