@@ -50,7 +50,8 @@ class _Part:
         self.source = source(split, **check(source, {k: v for k, v in settings.items() if k in own}, "data", ("split",)))
         self.manifest = dict(self.source.manifest) | {"transforms": chosen}
         if not _PIXELS.keys() & set(self.manifest["columns"]):
-            raise ConfigError(f"{self.manifest['name']} has only {', '.join(self.manifest['columns'])}; valid: {', '.join(_PIXELS)}")
+            found = ", ".join(self.manifest["columns"])
+            raise ConfigError(f"{self.manifest['name']} has only {found}; one of these is needed: {', '.join(_PIXELS)}")
         self.num_classes = self.manifest["num_classes"]
         self.shape = self._final_shape()
         self._cache = None
@@ -59,24 +60,22 @@ class _Part:
             self._cache = self._load(np.arange(count))
 
     def _final_shape(self) -> tuple[int, ...]:
-        shape, resized = self.manifest["shape"], self.resize > 0
-        if not (self.pad or self.resize or self.flip):
-            if shape is None:
-                raise ConfigError(f"data.resize is missing: the images of {self.manifest['name']} differ in size")
-            return tuple(shape)
-        if shape is not None and len(shape) != 3:
-            raise ConfigError(f"data.pad, resize and flip are for images; {self.manifest['name']} has shape {tuple(shape)}")
+        name, shape, dtype = (self.manifest[k] for k in ("name", "shape", "dtype"))
         if self.pad < 0 or self.resize < 0:
             raise ConfigError(f"data.pad = {self.pad} and data.resize = {self.resize} must be sizes in pixels, or 0")
-        if shape is None and not resized:
-            raise ConfigError(f"data.resize is missing: the images of {self.manifest['name']} differ in size")
-        if resized and self.manifest["dtype"] != "uint8":
-            raise ConfigError(f"data.resize is for uint8 images; {self.manifest['name']} holds {self.manifest['dtype']}")
-        channels = shape[-1]
-        height, width = (self.resize, self.resize) if resized else shape[:2]
-        if self.pad and self.pad < max(height, width):
-            raise ConfigError(f"data.pad = {self.pad} is smaller than the images ({height} x {width})")
-        return (self.pad, self.pad, channels) if self.pad else (height, width, channels)
+        if (self.pad or self.resize or self.flip) and len(shape) != 3:
+            raise ConfigError(f"data.pad, resize and flip are for images; {name} has shape {tuple(shape)}")
+        if self.resize:
+            if dtype != "uint8":
+                raise ConfigError(f"data.resize is for uint8 images; {name} holds {dtype}")
+            shape = (self.resize, self.resize, shape[2])
+        if None in shape:
+            raise ConfigError(f"data.resize is missing: the images of {name} differ in size")
+        if self.pad:
+            if self.pad < max(shape[:2]):
+                raise ConfigError(f"data.pad = {self.pad} is smaller than the images ({shape[0]} x {shape[1]})")
+            shape = (self.pad, self.pad, shape[2])
+        return tuple(shape)
 
     def _load(self, indices) -> dict[str, np.ndarray]:
         columns = self.source.read(indices)
@@ -128,8 +127,11 @@ def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def interleave(positions, weights) -> tuple[np.ndarray, np.ndarray]:
-    """(part, position within that part) for positions (n,) of a mixture; any stretch holds each part by its weight within one row
-    per split. Two parts are interleaved evenly; more are split off one by one, from the last."""
+    """(part, position within that part), each int64 (n,), for positions (n,) of a mixture.
+
+    Two parts are interleaved evenly; of more, the last is split off, and so on. So any stretch holds each part in its share,
+    give or take one row for each split, and no row of a part is skipped.
+    """
     part = np.zeros(len(positions), np.int64)
     local = np.array(positions, np.int64)
     undecided = np.ones(len(positions), bool)

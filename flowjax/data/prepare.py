@@ -96,7 +96,8 @@ def npz(path: pathlib.Path, class_names: tuple[str, ...]) -> Opened:
     parts = [_checked_arrays(s, str(path), arrays[x], str(path), arrays.get(y)) for s, x, y in layouts if x in arrays]
     splits = [p[0] for p in parts]
     if "train" not in splits or len(set(splits)) != len(splits):
-        raise DataError(f"{path}: arrays {', '.join(arrays)}; give x_train (with y_train, x_test, y_test) or images (with labels)")
+        found = ", ".join(arrays)
+        raise DataError(f"{path}: arrays {found}; give x_train (with y_train, x_test, y_test) or images (with labels)")
     return _from_arrays(parts, class_names)
 
 
@@ -227,8 +228,9 @@ def open_tfds(path: pathlib.Path):
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 
-    if not (path / "dataset_info.json").exists():
-        raise DataError(f"{path / 'dataset_info.json'} does not exist; give the directory <data set>/<version> of a prepared TFDS")
+    info = path / "dataset_info.json"
+    if not info.exists():
+        raise DataError(f"{info} does not exist; give the directory <data set>/<version> of a prepared TFDS")
     builder = tfds.builder_from_directory(path)
     if builder.info.file_format.value != "array_record":
         raise DataError(f"{path}: written as {builder.info.file_format.value}; prepare it with file_format='array_record'")
@@ -257,6 +259,7 @@ def tfds(path: pathlib.Path, channels: int) -> Opened:
     if "label" in features and not isinstance(features["label"], tensorflow_datasets.features.ClassLabel):
         raise DataError(f"{path}: feature 'label' is not a ClassLabel")
     names = list(features["label"].names) if "label" in features else []
+    channels = channels or features["image"].shape[2] or 0
     decoders = {"image": tensorflow_datasets.decode.SkipDecoding()}
 
     def examples() -> Iterator[Example]:

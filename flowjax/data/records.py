@@ -80,7 +80,8 @@ class _Split:
 
         if self.writer is None:
             self.shards.append({"file": f"{self.name}-{len(self.shards):05d}.array_record", "count": 0})
-            self.writer, self.room = ArrayRecordWriter(str(self.folder / self.shards[-1]["file"]), "group_size:1"), self.shard_bytes
+            self.writer = ArrayRecordWriter(str(self.folder / self.shards[-1]["file"]), "group_size:1")
+            self.room = self.shard_bytes
         self.writer.write(record)
         self.digest.update(hashlib.sha256(record).digest())
         self.shards[-1]["count"] += 1

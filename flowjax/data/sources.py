@@ -23,8 +23,8 @@ from flowjax.data.records import DataError
 class Source:
     """One split of a data set.
 
-    Properties: `manifest` has at least name, split, count (None: endless), shape (None where images differ), dtype, columns,
-    num_classes (0: unlabelled) and class_names.
+    Properties: `manifest` has at least name, split, count (None: endless), shape (height and width None where images
+    differ), dtype, columns, num_classes (0: unlabelled) and class_names.
     """
 
     manifest: Mapping[str, Any]
@@ -52,7 +52,9 @@ def digits(split: str, data_dir: str = "") -> Source:
     return tfds(split, directory=str(builder.prepare(data_root(data_dir))))
 
 
-def tfds(split: str, dataset: str = "", data_dir: str = "", directory: str = "", image: str = "image", label: str = "label") -> Source:
+def tfds(
+    split: str, dataset: str = "", data_dir: str = "", directory: str = "", image: str = "image", label: str = "label"
+) -> Source:
     """A TFDS data set prepared in array_record format: `directory`, or the newest version of data_root(data_dir)/dataset.
 
     `image` and `label` name its features; label = "" leaves the labels out.
@@ -73,23 +75,25 @@ def tfds(split: str, dataset: str = "", data_dir: str = "", directory: str = "",
     if label and label in features and not isinstance(features[label], tensorflow_datasets.features.ClassLabel):
         raise ConfigError(f"data.label = {label!r} of {path} is not a ClassLabel; use label = '' to leave it out")
     labelled = bool(label) and label in features
+    shape = features[image].shape
+    if shape[2] is None:
+        raise ConfigError(f"{path} does not say how many channels its images have; run tools/prepare_data with --channels")
     rows = builder.as_data_source(split, decoders={image: tensorflow_datasets.decode.SkipDecoding()})
 
     def read(indices):
         found = rows.__getitems__([int(i) for i in indices])
         where = [f"{path} ({split} row {i})" for i in indices]
-        out = {"image": [images.decode(io.BytesIO(r[image]), w) for r, w in zip(found, where, strict=True)]}
+        out = {"image": [images.decode(io.BytesIO(r[image]), w, shape[2]) for r, w in zip(found, where, strict=True)]}
         if labelled:
             out["label"] = np.array([r[label] for r in found], np.int32)
         return out
 
-    shape = features[image].shape
     manifest = {
         "name": builder.info.name,
         "version": str(builder.info.version),
         "split": split,
         "count": splits[split].num_examples,
-        "shape": None if None in shape else list(shape),
+        "shape": list(shape),
         "dtype": "uint8",
         "columns": ["image", "label"] if labelled else ["image"],
         "num_classes": features[label].num_classes if labelled else 0,
@@ -135,7 +139,8 @@ def write_preferences(path, win, lose, label=None, num_classes: int = 0, meta: M
     """
     win, lose = np.asarray(win), np.asarray(lose)
     if win.shape != lose.shape or win.dtype != lose.dtype or win.dtype not in (np.uint8, np.float32) or win.ndim < 2:
-        raise ConfigError(f"win {win.dtype}{win.shape} and lose {lose.dtype}{lose.shape} must be alike: uint8 or float32 (n, ...)")
+        found = f"win {win.dtype}{win.shape} and lose {lose.dtype}{lose.shape}"
+        raise ConfigError(f"{found} must be alike: uint8 or float32 (n, ...)")
     columns = {"win": win, "lose": lose}
     if label is not None:
         columns["label"] = label = np.asarray(label, np.int32)
