@@ -2,7 +2,6 @@
 
 import functools
 import math
-import pathlib
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,7 @@ import pytest
 
 from flowjax import paths
 from flowjax.config import ConfigError
-from flowjax.models import MODELS, build, denoiser
+from flowjax.models import MODELS, build, denoiser, flops
 from flowjax.models import dit as dit_module
 from flowjax.models import layers as L
 
@@ -215,7 +214,7 @@ def test_patches_are_cut_row_by_row_and_put_back():
 @pytest.mark.parametrize("conditioning", dit_module.CONDITIONINGS)
 def test_output_is_zero_at_init_and_shaped_like_the_input(conditioning):
     module = build({"name": "dit", **TINY, "conditioning": conditioning, "attention": "xla"})
-    y, _ = module.init_with_output(jax.random.key(0), *inputs())
+    y, _ = jax.jit(module.init_with_output)(jax.random.key(0), *inputs())
     assert y.shape == (B, 6, 10, 3) and y.dtype == jnp.float32
     np.testing.assert_array_equal(y, 0)
 
@@ -223,7 +222,7 @@ def test_output_is_zero_at_init_and_shaped_like_the_input(conditioning):
 def test_initialisation_of_the_paper():
     """Xavier-uniform matrices (bound sqrt(6 / (in + out))), N(0, 0.02^2) embeddings, zero biases; layers differ."""
     module = build({"name": "dit", **TINY, "width": 128})
-    params = nn.unbox(module.init(jax.random.key(0), *inputs())["params"])
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *inputs())["params"])
     for path, shape in (("q", (128, 128)), ("out", (128, 128))):
         kernel = params["blocks"]["attn"][path]["kernel"]
         bound = math.sqrt(6 / sum(shape))
@@ -244,7 +243,7 @@ def test_gradients_open_in_order():
     """Step 0 moves the last layer alone; once it is open the gates move; once they are open everything does."""
     module = build({"name": "dit", **TINY})
     x, t, cond = inputs()
-    params = nn.unbox(module.init(jax.random.key(0), x, t, cond)["params"])
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, t, cond)["params"])
     grad = jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(module.apply({"params": p}, x, t, cond) - x))))
 
     def moving(params):
@@ -284,11 +283,10 @@ def test_scanned_equals_unrolled(conditioning):
     assert not np.allclose(module.clone(scan=False).apply({"params": swapped}, *args), y, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_is_there_and_changes_nothing(scan):
     """Every policy gives the gradients of "none", and really recomputes: products in the backward pass, fewest first."""
-    from flowjax.models import flops
-
     module, variables, _ = make(dropout=0.1)
     variables = variables if scan else unstacked(variables, 2)
     args = inputs()
@@ -414,7 +412,7 @@ def test_denoiser_binds_parameters_and_switches_dropout_with_the_key():
     assert not np.allclose(model(x, t, cond, jax.random.key(0)), model(x, t, cond), atol=1e-2)
     assert model.prediction == "velocity" and model.null(cond)["label"].tolist() == [5, 5, 5]
     plain = build({"name": "dit", **TINY, "num_classes": 0})
-    variables = nn.unbox(plain.init(jax.random.key(0), x, t, {}))
+    variables = nn.unbox(jax.jit(plain.init)(jax.random.key(0), x, t, {}))
     assert denoiser(plain, variables["params"], paths.rectified(), "x")(x, t).shape == x.shape
 
 
@@ -471,13 +469,14 @@ def test_build_refuses_what_it_cannot_mean():
 def test_mlp():
     module = build({"name": "mlp", "width": 16, "depth": 2, "num_classes": 4, "dropout": 0.5})
     x, t, cond = jax.random.normal(jax.random.key(0), (3, 2)), jnp.array([0.1, 0.5, 0.9]), {"label": jnp.arange(3)}
-    y, variables = module.init_with_output(jax.random.key(0), x, t, cond)
+    y, variables = jax.jit(module.init_with_output)(jax.random.key(0), x, t, cond)
     assert y.shape == (3, 2) and y.dtype == jnp.float32 and not y.any()
     variables = randomised(nn.unbox(variables), std=0.5)
-    y = module.apply(variables, x, t, cond)
+    apply = jax.jit(module.apply)
+    y = apply(variables, x, t, cond)
     assert module.null(cond)["label"].tolist() == [4, 4, 4]
     for args in ((x.at[1].add(1.0), t, cond), (x, t.at[1].add(0.2), cond), (x, t, {"label": cond["label"].at[1].set(3)})):
-        changed = module.apply(variables, *args)
+        changed = apply(variables, *args)
         np.testing.assert_array_equal(changed[jnp.array([0, 2])], y[jnp.array([0, 2])])
         assert jnp.abs(changed[1] - y[1]).max() > 1e-3
     assert not np.allclose(module.apply(variables, x, t, cond, train=True, rngs={"dropout": jax.random.key(0)}), y)
@@ -489,7 +488,7 @@ def test_mlp():
 def test_classifier():
     module = build({"name": "classifier", "num_classes": 4, "width": 8, "features": 12, "groups": 4, "dropout": 0.5})
     x = jax.random.normal(jax.random.key(0), (3, 9, 7, 1))
-    variables = randomised(nn.unbox(module.init(jax.random.key(0), x)), std=0.5)
+    variables = randomised(nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x)), std=0.5)
     logits, features = module.apply(variables, x), module.apply(variables, x, features=True)
     assert logits.shape == (3, 4) and features.shape == (3, 12)
     head = variables["params"]["logits"]
@@ -499,7 +498,7 @@ def test_classifier():
         module.apply(variables, x, t=jnp.zeros(3))
     timed = module.clone(time=True)
     t = jnp.array([0.1, 0.5, 0.9])
-    variables = randomised(nn.unbox(timed.init(jax.random.key(0), x, t=t)), std=0.5)
+    variables = randomised(nn.unbox(jax.eval_shape(lambda: timed.init(jax.random.key(0), x, t=t))), std=0.5)
     moved = timed.apply(variables, x, t=t.at[1].set(0.7)) - timed.apply(variables, x, t=t)
     assert not moved[0].any() and jnp.abs(moved[1]).max() > 1e-3
     with pytest.raises(ConfigError, match="without t"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from nets import check_sharded
 
 from flowjax.models import build, layers, sharding
 
@@ -157,3 +158,12 @@ def test_constraints_reach_every_residual_sum():
     outside = jax.make_jaxpr(functools.partial(loss_and_grad, module, None))(params, *inputs)
     assert str(inside).count("sharding_constraint") > 30
     assert "sharding_constraint" not in str(outside)
+
+
+@pytest.mark.slow
+def test_small_networks_sharded_equal_one_device():
+    points, images = jax.random.normal(jax.random.key(0), (8, 2)), jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
+    mlp = build({"name": "mlp", "width": 16, "depth": 2, "num_classes": 3})
+    check_sharded(mlp, points, jnp.linspace(0.1, 0.9, 8), {"label": jnp.arange(8) % 4})
+    classifier = build({"name": "classifier", "num_classes": 4, "width": 8, "features": 12, "groups": 4})
+    check_sharded(classifier, images)
