@@ -39,6 +39,7 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
+        "default": [],
         "adaptive": ["diffrax>=0.7"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "diffrax>=0.7"],
         # Independent implementations that tests compare with; torch must be a CPU build without torchvision.

@@ -5,7 +5,7 @@ callable that objectives and samplers see.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import models, paths, predictions
-from flowjax.config import ConfigError, build, lookup
+from flowjax.config import ConfigError, bind, build, lookup
 from flowjax.models import vae
 
 
@@ -52,17 +52,18 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """module + meaning. `latents` holds {"mean", "std"} for an autoencoder loaded from an export."""
+    """module + meaning. `scaling` is that of models.denoiser; `latents` holds an exported autoencoder's {"mean", "std"}."""
 
     module: nn.Module
     path: paths.Path | None = None
     prediction: str | None = None
+    scaling: Callable | None = None
     latents: Mapping[str, Any] | None = None
 
     def net(self, params):
         """The callable of this role: a Model, a Latents codec or a Bound module."""
         if self.module.kind == "denoiser":
-            return models.denoiser(self.module, params, self.path, self.prediction)
+            return models.denoiser(self.module, params, self.path, self.prediction, self.scaling)
         bound = Bound(self.module, params)
         if self.latents is not None:
             return Latents(bound, vae.LatentStats(*(np.asarray(self.latents[k], np.float32) for k in ("mean", "std"))))
@@ -72,18 +73,27 @@ class Role:
         """Boxed parameters (with logical axis names) for inputs shaped like x (B, ...) and cond."""
         if self.module.kind == "denoiser":
             variables = self.module.init(key, x, jnp.zeros(x.shape[:1], jnp.float32), cond)
+        elif self.module.kind == "autoencoder":
+            variables = self.module.init(key, x, key)
         else:
             variables = self.module.init(key, x)
         return variables["params"]
 
 
-def build_role(model, path, prediction: str, where: str, latents=None) -> Role:
-    """The role that config sections describe; ConfigError names `where` when something does not fit."""
+def build_role(model, path, prediction: str, where: str, latents=None, input_scaling="none") -> Role:
+    """The role that config sections describe; ConfigError names `where` when something does not fit.
+
+    input_scaling: "none", for x_t and t as they are, or a section of predictions.INPUT_SCALINGS; it keeps the variance of the
+    network's input at one on paths, such as edm and ve, where that of x_t grows.
+    """
     module = models.build(model, where)
     if module.kind != "denoiser":
         return Role(module, latents=latents)
     lookup(predictions.PREDICTIONS, prediction, where.replace("model", "prediction"))
-    return Role(module, build(paths.PATHS, path, where.replace("model", "path")), prediction)
+    scaling = None
+    if input_scaling != "none":
+        scaling = bind(predictions.INPUT_SCALINGS, input_scaling, where.replace("model", "input_scaling"), ("path", "t"))
+    return Role(module, build(paths.PATHS, path, where.replace("model", "path")), prediction, scaling)
 
 
 def shape_of(tree):

@@ -1,0 +1,152 @@
+"""Every config through the real binaries for a few steps: train, resume, sample, evaluate, export, sample from the export."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """run(module, *flags) in a directory of its own, on one CPU device."""
+    home = tmp_path_factory.mktemp("smoke")
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "FLOWJAX_DATA": str(home / "data"), "PYTHONPATH": str(ROOT)}
+
+    def run(module, *flags, code=0):
+        done = subprocess.run(
+            [sys.executable, "-m", module, *flags], cwd=home, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == code, f"{module} {' '.join(flags)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    run.home = home
+    return run
+
+
+@pytest.fixture(scope="module")
+def mnist_like(shell):
+    """A data set of 28x28 images, through the npz door."""
+    rng = np.random.default_rng(0)
+    images = lambda n: rng.integers(0, 256, (n, 28, 28), np.uint8)  # noqa: E731
+    labels = lambda n: np.arange(n) % 10  # noqa: E731
+    np.savez(shell.home / "m.npz", x_train=images(60), y_train=labels(60), x_test=images(20), y_test=labels(20))
+    shell("tools.prepare_data", "--door=npz", f"--path={shell.home / 'm.npz'}", f"--out={shell.home / 'mnist'}")
+    return shell.home / "mnist"
+
+
+@pytest.fixture(scope="module")
+def digits(shell):
+    """A workdir of configs/digits.py:smoke, trained in two sittings."""
+    shell("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=digits", "--config.steps=2")
+    out = shell("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=digits")
+    assert "resumed" in out and "done at step 4" in out
+    return shell.home / "digits"
+
+
+@pytest.fixture(scope="module")
+def vae(shell, mnist_like):
+    """An export of configs/mnist_vae.py:smoke."""
+    shell("experiments.train", f"--config={ROOT}/configs/mnist_vae.py:smoke:{mnist_like}", "--workdir=vae")
+    shell("experiments.export", "--workdir=vae")
+    return shell.home / "vae" / "export"
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_workdir(workdir):
+    for name in ("config.json", "card.txt", "card.json", "metrics.jsonl", "curves.png", "checkpoints", "tensorboard"):
+        assert (workdir / name).exists(), name
+    losses = [row["loss"] for row in rows(workdir) if "loss" in row]
+    assert len(losses) == 4 and all(isinstance(v, float) for v in losses)
+    assert list((workdir / "samples").glob("*.png"))
+
+
+def test_every_config_is_tested_here():
+    mine = {"mix4", "digits", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
+    assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
+
+
+def test_mix4(shell):
+    shell("experiments.train", f"--config={ROOT}/configs/mix4.py:smoke", "--workdir=mix4")
+    check_workdir(shell.home / "mix4")
+    shell("experiments.sample", "--checkpoint=mix4", "--out=mix4/out", "--count=20", "--labels=1,3")
+    x = np.load(shell.home / "mix4/out/samples.npz")
+    assert x["x"].shape == (20, 2) and set(x["label"]) == {1, 3}
+
+
+def test_digits(shell, digits):
+    check_workdir(digits)
+    common = ("--count=30", "--steps=3", "--guidance=1.5")
+    shell("experiments.sample", "--checkpoint=digits", "--out=a", *common)
+    shell("experiments.evaluate", "--checkpoint=digits", *common, "--record=record.json")
+    record = json.loads((shell.home / "record.json").read_text())
+    assert record["samples"] == 30 and record["guidance"] == {"name": "cfg", "scale": 1.5} and record["checkpoint_step"] == 4
+    shell("experiments.export", "--workdir=digits", "--out=alone")
+    # The export alone, in other batches, gives the same samples to rounding.
+    digits.rename(shell.home / "away")
+    try:
+        shell("experiments.sample", "--checkpoint=alone", "--out=b", *common, "--batch=7")
+    finally:
+        (shell.home / "away").rename(digits)
+    a, b = (np.load(shell.home / k / "samples.npz")["x"] for k in "ab")
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_digits_consistency(shell, digits):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_cd.py:smoke", "--workdir=cd",
+        f"--config.roles.teacher.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "cd")
+
+
+def test_digits_dpo(shell, digits):
+    shell("tools.make_pairs", f"--checkpoint={digits}", "--out=pairs", "--pairs=20", "--candidates=2", "--steps=2")
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_dpo.py:smoke", "--workdir=dpo", "--config.data.path=pairs",
+        f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "dpo")
+    assert rows(shell.home / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    out = shell("tools.win_rate", "--checkpoint=dpo", f"--against={digits}", "--count=20", "--steps=2")
+    assert 0 <= json.loads(out[out.index("{") : out.rindex("}") + 1])["win_rate"] <= 1
+
+
+def test_mnist_latents(shell, mnist_like, vae):
+    check_workdir(shell.home / "vae")
+    info = json.loads((vae / "config.json").read_text())
+    assert len(info["latents"]["mean"]) == 4 and min(info["latents"]["std"]) > 0
+    out = shell("experiments.evaluate", f"--checkpoint={vae}")
+    assert "psnr" in out
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/mnist_latent.py:smoke:{mnist_like}", "--workdir=latent",
+        f"--config.roles.vae.checkpoint={vae}",
+    )  # fmt: skip
+    check_workdir(shell.home / "latent")
+    shell("experiments.export", "--workdir=latent", "--out=latent_alone")
+    assert (shell.home / "latent_alone/vae/config.json").exists()
+    shell("experiments.sample", "--checkpoint=latent_alone", "--out=latent_samples", "--count=4")
+    assert np.load(shell.home / "latent_samples/samples.npz")["x"].shape == (4, 32, 32, 1)
+
+
+def test_plain_errors(shell, digits):
+    config = f"--config={ROOT}/configs/digits.py:smoke"
+    out = shell("experiments.train", config, "--workdir=bad", "--config.objective={'name': 'flow_matching', 'tiem': 'uniform'}", code=2)
+    assert "tiem" in out and "time" in out and "Traceback" not in out
+    assert not (shell.home / "bad").exists()
+    out = shell("experiments.train", config, "--workdir=digits", "--config.seed=5", code=2)
+    assert "seed" in out and "Traceback" not in out
+    out = shell("experiments.sample", "--checkpoint=nowhere", code=2)
+    assert "nowhere" in out and "Traceback" not in out
+    out = shell("experiments.sample", "--checkpoint=digits", "--labels=12", code=2)
+    assert "0 to 9" in out

@@ -1,0 +1,50 @@
+"""How often one network's sample beats another's: python -m tools.win_rate --checkpoint=A --against=B --reward=ink
+
+Both draw from the same noise for the same classes; prints A's win rate on the reward (ties count half), and the share of
+each one's samples that an independent judge assigns to the asked class.
+"""
+
+import json
+
+import jax
+from absl import flags
+
+from experiments import sampling, shell
+from flowjax.train import runtime
+
+AGAINST = flags.DEFINE_string("against", None, "The other export or workdir.", required=True)
+REWARD = flags.DEFINE_string("reward", "ink", "A name of flowjax.evals.rewards.REWARDS.")
+DATA = flags.DEFINE_string("judge_data", "", "Workdir or export whose training data the judge learns; default: --against.")
+
+
+def main():
+    runtime.setup()
+    from flowjax import generate
+    from flowjax.data.pipeline import arrays
+    from flowjax.evals import agreement, image, rewards
+    from flowjax.train import export
+
+    seed, count = max(0, sampling.SEED.value), sampling.COUNT.value or 1000
+    out, scores = {}, {}
+    judge = None
+    for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
+        role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
+        chosen, cond = sampling.options(info), sampling.asked(info, count)
+        sample = jax.jit(generate.make(role, tuple(info["shape"]), codec=export.codec_of(checkpoint, info), **chosen))
+        x = image.quantise(generate.run(sample, params, cond, count, seed=seed, batch=sampling.BATCH.value))
+        scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))
+        out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": chosen}
+        if cond:
+            if judge is None:
+                source = export.info_of(DATA.value) if DATA.value else info
+                real = arrays(source["config"]["data"], "train")
+                judge = agreement.judge("svm", image.quantise(real["x"]), real["cond"]["label"])
+            out[name]["agreement"] = agreement.agreement(x, cond["label"], judge)["agreement"]
+    out["win_rate"] = rewards.win_rate(scores["checkpoint"], scores["against"])
+    out |= {"reward": REWARD.value, "samples": count, "seed": seed}
+    print(json.dumps(out, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    shell.run(main)
