@@ -5,9 +5,9 @@ For data sum_k w_k N(mu_k, S_k) on any path x_t = a x + b z, with V_k = a^2 S_k 
     p_t = sum_k w_k N(a mu_k, V_k)             rho_k = p(k | x_t) = softmax_k(log w_k + log N(e_k; 0, V_k))
     E[x | x_t] = sum rho_k (mu_k + a S_k V_k^-1 e_k)     E[z | x_t] = b sum rho_k V_k^-1 e_k     score = -E[z | x_t] / b
 
-and every prediction of the table in flowjax.predictions is c E[x | x_t] + d E[z | x_t]. Each S_k is diagonalised once, in float64,
-so that no linear system is solved inside a jitted function; results have the dtype of x_t. The formulas are conditional
-Gaussian algebra (flow of a Gaussian: 2011.13456 app. B; straightness: 2209.03003).
+and every prediction of the table in flowjax.predictions is c E[x | x_t] + d E[z | x_t]. Each S_k is diagonalised once, in
+float64, so that no linear system is solved inside a jitted function; results have the dtype of x_t. All of it is the algebra
+of conditional Gaussians; straightness is that of 2209.03003.
 """
 
 import dataclasses
@@ -40,7 +40,8 @@ class GaussianMixture:
     def __post_init__(self):
         weights, means, covs = (np.asarray(v, np.float64) for v in (self.weights, self.means, self.covs))
         if means.ndim != 2 or weights.shape != means.shape[:1] or covs.shape != (*means.shape, means.shape[1]):
-            raise ValueError(f"mixture needs weights (K,), means (K, D), covs (K, D, D); got {weights.shape}, {means.shape}, {covs.shape}")
+            shapes = f"{weights.shape}, {means.shape}, {covs.shape}"
+            raise ValueError(f"mixture needs weights (K,), means (K, D), covs (K, D, D); got {shapes}")
         if (weights < 0).any() or weights.sum() <= 0:
             raise ValueError(f"mixture weights must be non-negative and not all zero; got {weights}")
         if not np.allclose(covs, covs.swapaxes(1, 2)):

@@ -35,7 +35,7 @@ _shift = shift  # `draw` and `grid` have a setting of this name
 
 
 def resolution_shift(size: float, reference: float) -> float:
-    """The s that keeps the uncertainty about a constant image when going from `reference` to `size` pixels or tokens: sqrt(size / reference)."""
+    """s = sqrt(size / reference), sizes in pixels or tokens: keeps the uncertainty about a constant image when it grows to `size`."""
     return math.sqrt(size / reference)
 
 
@@ -140,8 +140,7 @@ def draw(
     time in each n-th of the law's quantiles, in random order; each time alone still follows the law, so that expectations
     do not change. ConfigError on bad settings.
     """
-    _check_shift(shift, "times")
-    low, high = _bounds(*interval(path, prediction), t_min, t_max, "t_min, t_max")
+    quantile = _quantile(path, name, shift, t_min, t_max, prediction, law)
     if stratified:
         offset_key, order_key = jax.random.split(key)
         # Shuffled, because objectives that treat a part of the batch differently must not find its times sorted.
@@ -149,9 +148,40 @@ def draw(
         u = (jax.random.uniform(offset_key, dtype=jnp.float32) + stratum.astype(jnp.float32)) % 1.0
     else:
         u = jax.random.uniform(key, (n,), jnp.float32)
-    u = jnp.clip(u, 2.0**-24, 1.0 - 2.0**-24)
-    t = config.build(LAWS, {"name": name, **law}, "times", u=u, path=path, bounds=(low, high))
-    return low + (high - low) * _shift(t, shift)
+    return quantile(jnp.clip(u, 2.0**-24, 1.0 - 2.0**-24))
+
+
+def cdf(
+    t,
+    path: Path,
+    name: str = "uniform",
+    shift: float = 1.0,
+    t_min: float | None = None,
+    t_max: float | None = None,
+    prediction: str = "velocity",
+    **law,
+) -> np.ndarray:
+    """P(time <= t) of the times that `draw` draws with the same arguments, float64 numpy of t's shape, by bisection."""
+    quantile = _quantile(path, name, shift, t_min, t_max, prediction, law)
+    t = np.asarray(t, np.float64)
+    low, high = np.zeros_like(t), np.ones_like(t)
+    for _ in range(60):
+        u = (low + high) / 2
+        below = _on_host(quantile, u) <= t
+        low, high = np.where(below, u, low), np.where(below, high, u)
+    return high
+
+
+def _quantile(path, name, shift, t_min, t_max, prediction, law):
+    """u in (0, 1) -> t, increasing; ConfigError on bad settings."""
+    _check_shift(shift, "times")
+    low, high = _bounds(*interval(path, prediction), t_min, t_max, "t_min, t_max")
+
+    def quantile(u):
+        t = config.build(LAWS, {"name": name, **law}, "times", u=u, path=path, bounds=(low, high))
+        return low + (high - low) * _shift(t, shift)
+
+    return quantile
 
 
 def _uniform_grid(n):

@@ -152,7 +152,10 @@ def test_limits_at_the_ends(end):
     np.testing.assert_allclose(predictions.convert(path, "velocity", "x", v, z, 1.0), z - v, atol=1e-15)
 
 
-@pytest.mark.parametrize("source, goal, end", [("eps", "x", 1.0), ("score", "x", 1.0), ("x", "eps", 0.0), ("velocity", "score", 0.0)])
+SINGULAR = [("eps", "x", 1.0), ("score", "x", 1.0), ("x", "eps", 0.0), ("velocity", "score", 0.0)]
+
+
+@pytest.mark.parametrize("source, goal, end", SINGULAR)
 def test_singular_ends_are_not_silently_wrong(source, goal, end):
     path, (x, z) = paths.rectified(), pair()
     y = predictions.target(path, source, x, z, end)
