@@ -8,7 +8,7 @@ from flowjax.config import ConfigError
 from flowjax.paths import Path
 from flowjax.predictions import Model
 from flowjax.samplers import adaptive, ddim, dpm, few_step, langevin, ode, sde
-from flowjax.samplers.base import FLOWS, Sampler, fold_in, normal
+from flowjax.samplers.base import FLOWS, Sampler, fold_in, is_last, normal
 
 # name -> settings -> Sampler
 SAMPLERS = {
@@ -93,7 +93,8 @@ def nfe(sampler: Sampler, model: Model, times) -> int:
     """Model calls of `sample` over `times`; a call that guidance doubles counts once."""
     if sampler.calls is None:
         raise ConfigError("an adaptive sampler decides its number of model calls as it runs")
-    steps = len(times) - 1
-    ends_clean = float(model.path.b(jnp.asarray(times[-1], float))) == 0.0
-    saved = sampler.calls - 1 if sampler.ends_with_euler and ends_clean and model.prediction not in FLOWS else 0
-    return sampler.calls * steps - saved
+    calls = sampler.calls * (len(times) - 1)
+    end = jnp.asarray(times[-1], float)
+    if sampler.ends_with_euler and model.prediction not in FLOWS and not model.path.b(end) > 0:
+        calls -= sampler.calls - 1
+    return calls + int(sampler.denoises and bool(is_last(model.path, end)))

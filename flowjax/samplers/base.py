@@ -19,14 +19,16 @@ FLOWS = ("velocity", "v")
 class Sampler(NamedTuple):
     """A step, the start of its carry, and its model calls per step.
 
-    init(x, times) -> carry, from the initial state (B, ...) and the N + 1 times. `ends_with_euler`: where the last step
-    reaches b = 0 and the model is none of FLOWS, that step calls the model once.
+    init(x, times) -> carry, from the initial state (B, ...) and the N + 1 times. `calls` is None where only the run decides.
+    `ends_with_euler`: where the last step reaches b = 0 and the model is none of FLOWS, that step calls the model once.
+    `denoises`: a step to the clean end of the path calls the model once more.
     """
 
     step: Callable[..., Any]
     init: Callable[..., Any] = lambda x, times: ()
-    calls: int = 1
+    calls: int | None = 1
     ends_with_euler: bool = False
+    denoises: bool = False
 
 
 def normal(key, x):

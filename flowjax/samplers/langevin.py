@@ -62,7 +62,8 @@ def annealed_langevin(updates: int = 5, step_size: float = 0.062, denoise: bool 
     """
     if updates < 1:
         raise ConfigError(f"sampler.updates = {updates} should be at least 1")
-    return Sampler(functools.partial(annealed_step, updates=updates, step_size=step_size, denoise=denoise), calls=updates)
+    step = functools.partial(annealed_step, updates=updates, step_size=step_size, denoise=denoise)
+    return Sampler(step, calls=updates, denoises=denoise)
 
 
 def predictor_corrector(predictor: str = "ancestral", corrector_updates: int = 1, snr: float = 0.16) -> Sampler:

@@ -40,26 +40,29 @@ DIFFUSIONS = {
 
 def transition(model, x, t, s, diffusion="sbdm", scale=1.0):
     """Mean (shape of x) and standard deviation (scalar) of x_s given x_t in one Euler-Maruyama step, from one model call."""
-    h = t - s
-    dif = scale * DIFFUSIONS[diffusion](model.path, t)
-    y = model(x, t)
-    velocity = convert(model.path, model.prediction, "velocity", y, x, t)
+    mean, std, _ = _transition(model, x, t, s, diffusion, scale)
+    return mean, std
+
+
+def _transition(model, x, t, s, diffusion, scale):
+    h, y = t - s, model(x, t)
+    mean = x - h * convert(model.path, model.prediction, "velocity", y, x, t)
     if not scale:
-        return x - h * velocity, jnp.zeros_like(h)
+        return mean, jnp.zeros_like(h), y
+    dif = scale * DIFFUSIONS[diffusion](model.path, t)
     score = convert(model.path, model.prediction, "score", y, x, t)
-    return x - h * velocity + dif * h * score, jnp.sqrt(2 * dif * h)
+    return mean + dif * h * score, jnp.sqrt(2 * dif * h), y
 
 
 def euler_maruyama_step(model, x, t, s, key, carry, *, diffusion="sbdm", scale=1.0, last="mean"):
     """One step of the SDE; at the clean end its mean, the ODE's Euler step, or x_hat, without noise."""
-    mean, std = transition(model, x, t, s, diffusion, scale)
-    noisy = mean + std * normal(key, x)
-    if last == "mean":
-        clean = mean
-    else:
-        # One call all the same: the compiler sees that it is the call that `transition` made.
-        clean = model.get("x", x, t) if last == "denoise" else x - (t - s) * model.get("velocity", x, t)
-    return jnp.where(is_last(model.path, s), clean, noisy), carry
+    mean, std, y = _transition(model, x, t, s, diffusion, scale)
+    clean = mean
+    if last == "euler":
+        clean = x - (t - s) * convert(model.path, model.prediction, "velocity", y, x, t)
+    if last == "denoise":
+        clean = convert(model.path, model.prediction, "x", y, x, t)
+    return jnp.where(is_last(model.path, s), clean, mean + std * normal(key, x)), carry
 
 
 def churn_step(model, x, t, s, key, gamma, *, s_min=0.0, s_max=math.inf, s_noise=1.0):
