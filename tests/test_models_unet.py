@@ -122,7 +122,8 @@ def test_attention_block_with_equal_logits_adds_the_mean_value(head_dim, heads):
 def test_every_up_unit_reads_its_skip_after_the_image():
     """The 1x1 shortcut of an up unit is linear in concat(h, skip): recompute it from the recorded outputs, by name."""
     net, params, _ = small(attention_levels=())
-    _, state = net.apply({"params": params}, *inputs(), {}, capture_intermediates=True, mutable=["intermediates"])
+    apply = functools.partial(net.apply, capture_intermediates=True, mutable=["intermediates"])
+    _, state = jax.jit(apply)({"params": params}, *inputs(), {})
     recorded = state["intermediates"]
     seen = {name: value["__call__"][0] for name, value in recorded.items() if name != "__call__"}
     for unit, image, skip in [
@@ -217,7 +218,8 @@ def test_bfloat16_runs_convolutions_in_bfloat16_and_returns_float32():
     net = UNet(**SMALL, dtype="bfloat16")
     _, params, apply = small()
     x, t = inputs()
-    y, state = net.apply({"params": params}, x, t, {}, capture_intermediates=True, mutable=["intermediates"])
+    record = functools.partial(net.apply, capture_intermediates=True, mutable=["intermediates"])
+    y, state = jax.jit(record)({"params": params}, x, t, {})
     kinds = {k: v["__call__"][0].dtype for k, v in state["intermediates"].items() if k != "__call__"}
     assert y.dtype == jnp.float32 and kinds.pop("t_embed") == kinds.pop("norm_out") == kinds.pop("conv_out") == jnp.float32
     assert set(kinds.values()) == {jnp.dtype("bfloat16")}

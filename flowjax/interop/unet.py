@@ -10,7 +10,8 @@ diffusers counts up_blocks from the lowest resolution, we count levels from the 
 | down_padding "end", "symmetric"       | downsample_padding=0, 1                                         |
 | frequency_order "sin_cos", "cos_sin"  | flip_sin_to_cos=False, True                                     |
 | frequency_shift                       | freq_shift                                                      |
-| resample = "resblock"                 | downsample_type="resnet", upsample_type="resnet" and "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D" |
+| resample = "resblock"                 | downsample_type="resnet", upsample_type="resnet", and the block |
+|                                       | types "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"        |
 | scale_shift                           | resnet_time_scale_shift="scale_shift", attn_norm_num_groups     |
 | num_classes + null_class              | num_class_embeds                                                |
 | time_scale * t                        | timestep                                                        |
