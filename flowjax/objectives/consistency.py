@@ -10,10 +10,13 @@ prediction whose conversion to x is the identity there (velocity, v, edm, eps; r
 `target` is an average of `net` (configure it as ema.target; decay 0 is iCT's choice).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flowjax import times
+from flowjax import config, times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
 from flowjax.objectives.base import Objective, Player, mean_dims
@@ -21,13 +24,15 @@ from flowjax.paths import expand
 
 
 def ode_step(model, x_t, t, s, solver: str):
-    """One step of the probability-flow ODE from t to s, both (B,): "euler" or "heun"."""
+    """One step of the probability-flow ODE from t to s, both (B,): "euler" or "heun" (Euler where s is beyond the model's times)."""
     h = expand(t - s, x_t)
     k1 = model.get("velocity", x_t, t)
     if solver == "euler":
         return x_t - h * k1
     if solver == "heun":
-        return x_t - h * (k1 + model.get("velocity", x_t - h * k1, s)) / 2
+        lowest = times.interval(model.path, model.prediction)[0]
+        k2 = model.get("velocity", x_t - h * k1, s)
+        return x_t - h * (k1 + jnp.where(expand(s >= lowest, x_t), k2, k1)) / 2
     raise ConfigError(f"objective.solver = {solver!r} is unknown; valid: euler, heun")
 
 
@@ -40,51 +45,72 @@ def boundary(net):
         )
 
 
-def intervals(batch, key, net, *, steps: int, schedule: str, steps_max: int, total_steps: int, grid, time):
-    """Adjacent times (t, s), each (B,). The grid may be refined while training ("ct": 2303.01469 eq. for N(k))."""
-    n = batch["x"].shape[0]
+def interval_counts(schedule: str, steps: int, steps_max: int, total_steps: int):
+    """(counts, stage): the numbers of intervals that training goes through, and the function from step to an index into them.
+
+    "constant": `steps`. "ct" (2303.01469 app. C): N(k) = ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1 grid points; "doubling"
+    (2310.14189 eq. 6): N(k) = min(s0 2^floor(k/K'), s1) + 1 with K' = floor(K / (log2 floor(s1/s0) + 1)). We count intervals,
+    N - 1, so that both run from `steps` to `steps_max`: the paper's s0 is steps + 1 for "ct" and steps for "doubling".
+    """
     if schedule == "constant":
-        counts = [steps]
-    elif schedule == "ct":  # N(k) = ceil(sqrt(k/K ((s1+1)^2 - s0^2) + s0^2) - 1) + 1 grid points, N - 1 intervals
-        counts = list(range(steps, steps_max + 1))
-    elif schedule == "doubling":  # iCT: N(k) = min(s0 2^floor(k/K'), s1) + 1 grid points
-        counts = [min(steps * 2**i, steps_max) for i in range(_stages(steps, steps_max) + 1)]
-    else:
+        return [steps], lambda step: 0
+    if schedule not in ("ct", "doubling"):
         raise ConfigError(f"objective.schedule = {schedule!r} is unknown; valid: constant, ct, doubling")
-    tables = [times.grid(m, net.path, prediction=net.prediction, **keywords(grid)) for m in counts]
-    width = max(counts) + 1
-    table = jnp.asarray([list(g[::-1]) + [float(g[0])] * (width - len(g)) for g in tables], jnp.float32)  # ascending, padded
-    row = _stage(batch["step"], counts, schedule, steps, steps_max, total_steps)
-    count = jnp.asarray(counts)[row]
-    if time == "uniform":
-        i = jax.random.randint(key, (n,), 0, count)
-    else:  # iCT: intervals drawn with the probability that the time law gives them
-        u = times.draw(key, n, net.path, prediction=net.prediction, **keywords(time))
-        i = jnp.clip(jnp.searchsorted(table[row], u, side="right") - 1, 0, count - 1)
-    return table[row][i + 1], table[row][i]
-
-
-def _stages(first: int, last: int) -> int:
-    return max(0, (last // first).bit_length() - 1)
-
-
-def _stage(step, counts, schedule, steps, steps_max, total_steps):
-    progress = jnp.clip(step / total_steps, 0.0, 1.0)
+    if steps_max < steps or total_steps < 1:
+        raise ConfigError(
+            f"objective.schedule = {schedule!r} needs steps_max >= steps and total_steps (the run's steps); "
+            f"got steps = {steps}, steps_max = {steps_max}, total_steps = {total_steps}"
+        )
     if schedule == "ct":
-        n_points = jnp.ceil(jnp.sqrt(progress * ((steps_max + 1) ** 2 - steps**2) + steps**2) - 1) + 1
-        return jnp.clip(n_points.astype(jnp.int32) - 1 - steps, 0, len(counts) - 1)
-    if schedule == "doubling":
-        return jnp.clip(jnp.floor(progress * len(counts)).astype(jnp.int32), 0, len(counts) - 1)
-    return 0
+        counts, first = list(range(steps, steps_max + 1)), (steps + 1) ** 2
+
+        def stage(step):
+            squared = step / total_steps * ((steps_max + 1) ** 2 - first) + first
+            return jnp.ceil(jnp.sqrt(squared) - 1).astype(jnp.int32) - steps
+    else:
+        doublings = math.log2(steps_max // steps)
+        counts = [min(steps * 2**i, steps_max) for i in range(math.ceil(doublings) + 1)]
+
+        def stage(step):
+            return step // max(1, math.floor(total_steps / (doublings + 1)))
+
+    return counts, lambda step: jnp.clip(stage(step), 0, len(counts) - 1)
 
 
-def rollout(nets, batch, key, *, steps: int = 18, schedule: str = "constant", steps_max: int = 0, total_steps: int = 1,
-            grid="uniform", time="uniform"):
-    """Draw the time pair and the noise. `steps` counts the grid's intervals; `grid` and `time` are sections of flowjax.times."""
-    net = nets["net"]
-    boundary(net)
+def intervals(key, n: int, step, nets, *, steps, schedule, steps_max, total_steps, grid, time):
+    """Adjacent times (t, s), each (n,), t > s, on the grid of training step `step`."""
+    path, prediction = nets["net"].path, nets["net"].prediction
+    # The grid starts where both networks that are evaluated on it determine a velocity.
+    taught_by = nets.get("teacher", nets["net"]).prediction
+    narrowest = min(prediction, taught_by, key=lambda name: times.interval(path, name)[1])
+    counts, stage = interval_counts(schedule, steps, steps_max, total_steps)
+    grids = [times.grid(m, path, prediction=narrowest, **keywords(grid))[::-1] for m in counts]
+    edges = np.stack([np.pad(g, (0, max(counts) + 1 - len(g)), "edge") for g in grids])  # ascending, the last repeated
+    row = stage(step)
+    name, law = config.split(time, "objective.time")
+    if name == "intervals":
+        config.check(lambda: None, law, "objective.time")
+        i = jax.random.randint(key, (n,), 0, jnp.asarray(counts)[row])
+    else:
+        # The law restricted to the grid; what it clips to the end of the path does not fall into the last interval.
+        inner = np.minimum(edges, np.nextafter(edges[:, -1:], 0.0))
+        p = times.cdf(inner, path, name, prediction=prediction, **law)
+        p = jnp.asarray((p[:, 1:] - p[:, :1]) / (p[:, -1:] - p[:, :1]), jnp.float32)
+        i = jnp.searchsorted(p[row], jax.random.uniform(key, (n,)), side="right")
+    ascending = jnp.asarray(edges, jnp.float32)[row]
+    return ascending[i + 1], ascending[i]
+
+
+def rollout(nets, batch, key, *, steps: int = 18, schedule: str = "constant", steps_max: int = 0, total_steps: int = 0,
+            grid="uniform", time="intervals"):
+    """Draw adjacent times t > s and the noise.
+
+    `steps` counts the grid's intervals, `grid` is a section of times.grid; schedule, steps_max and total_steps refine the grid in
+    training (interval_counts). `time`: "intervals" for equally likely intervals, or a section of times.draw whose law they follow.
+    """
+    boundary(nets["net"])
     key_t, key_z = jax.random.split(key)
-    t, s = intervals(batch, key_t, net, steps=steps, schedule=schedule, steps_max=max(steps, steps_max),
+    t, s = intervals(key_t, len(batch["x"]), batch["step"], nets, steps=steps, schedule=schedule, steps_max=steps_max,
                      total_steps=total_steps, grid=grid, time=time)
     return {**batch, "t": t, "s": s, "z": jax.random.normal(key_z, batch["x"].shape, batch["x"].dtype)}
 
@@ -100,6 +126,14 @@ def distance(f, goal, metric: str, huber: float):
     raise ConfigError(f"objective.metric = {metric!r} is unknown; valid: l2, pseudo_huber")
 
 
+def inverse_gap(path, t, s):
+    """iCT's weight 1 / (sigma_t - sigma_s), (B,); from pure noise (a = 0) the gap counts as max(sigma_s, 1), or it had no weight."""
+    sigma_s, a = path.sigma(s), path.a(t)
+    finite = a > 1e-6
+    sigma_t = path.b(t) / jnp.where(finite, a, 1.0)
+    return 1.0 / jnp.where(finite, sigma_t - sigma_s, jnp.maximum(sigma_s, 1.0))
+
+
 def _loss(nets, batch, key, x_s, metric, huber, weighting):
     net, target, t, s, cond = nets["net"], nets["target"], batch["t"], batch["s"], batch["cond"]
     x_t = net.path.perturb(batch["x"], batch["z"], t)
@@ -107,8 +141,8 @@ def _loss(nets, batch, key, x_s, metric, huber, weighting):
     # The same dropout key on both sides: otherwise the loss is not zero for equal networks at equal inputs.
     goal = jax.lax.stop_gradient(target.get("x", x_s, s, cond, key))
     error = distance(f, goal, metric, huber)
-    if weighting == "inverse_gap":  # iCT: 1/(sigma_t - sigma_s)
-        omega = 1.0 / (net.path.sigma(jnp.minimum(t, 0.999)) - net.path.sigma(jnp.minimum(s, 0.999)) + 1e-8)
+    if weighting == "inverse_gap":
+        omega = inverse_gap(net.path, t, s)
     elif weighting == "none":
         omega = jnp.ones_like(t)
     else:

@@ -1,0 +1,200 @@
+"""What holds for every entry of OBJECTIVES: the gradient vanishes at the exact solution and nowhere near it; settings are checked.
+
+A new entry needs a case here: (expected loss as a function of parameters, the parameters that solve it, others that do not).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import quadrature
+from flowjax import exact, objectives
+from flowjax.config import ConfigError
+from flowjax.objectives import OBJECTIVES, Objective, Player, bind
+from flowjax.paths import rectified
+from flowjax.predictions import Model
+
+RF = rectified()
+LINE = exact.mixture([0.3, 0.7], [-1.0, 0.8], [0.3, 0.5])
+CURVE = jnp.asarray([0.1, -0.2, 0.3])
+
+
+def near(model: Model, theta) -> Model:
+    """The model plus theta_0 + theta_1 x_t + theta_2 t."""
+
+    def apply(x_t, t, cond, key):
+        return model.apply(x_t, t, cond, key) + theta[0] + theta[1] * x_t + theta[2] * t[:, None]
+
+    return model.replace(apply=apply)
+
+
+def flow_matching():
+    x, z, weights = quadrature.mixture_and_noise(LINE)
+    player = objectives.build({"name": "flow_matching", "weight": "x"}).players[0]
+
+    def loss(theta):
+        nets = {"net": near(LINE.model(RF), theta)}
+        return sum(
+            quadrature.expected(
+                lambda b: player.loss(nets, b, None), {"x": x, "z": z, "t": jnp.full(len(x), t), "cond": {}}, weights
+            )
+            for t in (0.3, 0.7)
+        )
+
+    return loss, jnp.zeros(3), CURVE
+
+
+def consistency(name, factors):
+    """Data N(0, 1/4), N = 4 steps: the optimum is linear, f(x, t_i) = c_i x with c_i the product of the solver's factors."""
+    n = 4
+    x, z = (jnp.asarray(v) for v in np.meshgrid([-0.5, 0.5], [-1.0, 1.0]))  # all moments up to the third are those of the data
+    i = jnp.arange(n)
+    batch = {
+        "x": jnp.tile(x.reshape(-1, 1), (n, 1)),
+        "z": jnp.tile(z.reshape(-1, 1), (n, 1)),
+        "t": jnp.repeat((i + 1) / n, 4),
+        "s": jnp.repeat(i / n, 4),
+        "cond": {},
+    }
+    teacher = exact.gaussian([0.0], 0.25).model(RF)
+    player = objectives.build(name).players[0]
+
+    def student(c):
+        table = jnp.concatenate([jnp.ones(1), c])
+
+        def apply(x_t, t, cond, key):
+            return ((1 - table[jnp.round(t * n).astype(int)]) / jnp.maximum(t, 1e-9))[:, None] * x_t
+
+        return Model(apply, RF, "velocity")
+
+    def loss(c):
+        nets = {"net": student(c), "target": student(c), "teacher": teacher}
+        return player.loss(nets, batch, None)[0]
+
+    optimum = jnp.cumprod(jnp.asarray(factors))
+    return loss, optimum, optimum + jnp.asarray([0.1, -0.1, 0.1, -0.1])
+
+
+def slope(t):
+    """v = slope x of data N(0, 1/4) on the rectified path."""
+    return (t - (1 - t) / 4) / ((1 - t) ** 2 / 4 + t**2)
+
+
+def consistency_training():
+    t = np.arange(1, 5) / 4
+    return consistency("consistency_training", 1 - slope(t) / 4)
+
+
+def consistency_distillation():
+    t = np.arange(1, 5) / 4
+    k1 = slope(t)
+    return consistency("consistency_distillation", 1 - (k1 + slope(t - 0.25) * (1 - k1 / 4)) / 8)
+
+
+def diffusion_dpo():
+    """Without a preference (every pair in both orders) the reference is the optimum, whatever the pairs."""
+    random = np.random.RandomState(0)
+    first, second, z = (jnp.asarray(random.standard_normal((16, 1))) for _ in range(3))
+    both = {
+        "win": jnp.concatenate([first, second]),
+        "lose": jnp.concatenate([second, first]),
+        "z": jnp.concatenate([z, z]),
+        "t": jnp.tile(jnp.linspace(0.1, 0.9, 16), 2),
+        "cond": {},
+    }
+    reference = LINE.model(RF)
+    player = objectives.build({"name": "diffusion_dpo", "beta": 2.0}).players[0]
+    return lambda theta: player.loss({"net": near(reference, theta), "reference": reference}, both, None)[0], jnp.zeros(3), CURVE
+
+
+class LinearAutoencoder:
+    """q(l | x) = N(gain x, exp(logvar)), decoder weight l, on the first of two dimensions."""
+
+    def __init__(self, theta):
+        self.gain, self.logvar, self.weight = theta
+
+    def encode(self, x):
+        return self.gain * x[:, :1], jnp.full((len(x), 1), self.logvar)
+
+    def decode(self, latent):
+        return self.weight * jnp.concatenate([latent, jnp.zeros_like(latent)], axis=1)
+
+
+def vae():
+    """Probabilistic PCA: |x - x_hat|^2 + 2 s^2 KL is 2 s^2 times the negative ELBO for observation noise s^2 per dimension, whose
+    optimum for data variances (1, s^2) is weight = sqrt(1 - s^2), posterior gain = weight and variance s^2 (Tipping and Bishop 1999).
+    """
+    noise = 0.36
+    x1, x2, z = (v.ravel() for v in np.meshgrid([-1.0, 1.0], [-0.6, 0.6], [-1.0, 1.0]))
+    batch = {"x": jnp.asarray(np.stack([x1, x2], axis=1)), "z": jnp.asarray(z[:, None])}
+    player = objectives.build({"name": "vae", "reconstruction": "l2", "kl_weight": 2 * noise}).players[0]
+    optimum = jnp.asarray([0.8, np.log(noise), 0.8])
+    return lambda theta: player.loss({"net": LinearAutoencoder(theta)}, batch, None)[0], optimum, optimum + CURVE
+
+
+CASES = {
+    "flow_matching": flow_matching,
+    "consistency_distillation": consistency_distillation,
+    "consistency_training": consistency_training,
+    "diffusion_dpo": diffusion_dpo,
+    "vae": vae,
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_vanishes_at_the_exact_solution_only(name):
+    with jax.enable_x64(True):
+        loss, optimum, elsewhere = CASES[name]()
+        gradient = jax.jit(jax.grad(loss))
+        at_optimum, off, way = (np.asarray(v) for v in (gradient(optimum), gradient(elsewhere), elsewhere - optimum))
+    assert np.abs(at_optimum).max() < 1e-7
+    # Every parameter matters, and descending from elsewhere leads back.
+    assert np.abs(off).min() > 1e-4
+    assert np.dot(off, way) > 1e-3
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_roles_are_declared_and_every_trained_role_has_a_player(name):
+    objective = OBJECTIVES[name]
+    trained = [role for role, kind in objective.roles.items() if kind == "trained"]
+    assert sorted({p.role for p in objective.players}) == sorted(trained)
+    for kind in objective.roles.values():
+        assert kind in ("trained", "frozen") or objective.roles[kind.removeprefix("ema:")] == "trained"
+
+
+def test_settings_reach_the_functions_that_name_them():
+    bound = objectives.build({"name": "flow_matching", "weight": "snr", "label_drop": 0.25, "time": "cosmap"})
+    assert bound.players[0].loss.keywords == {"weight": "snr"}
+    assert bound.rollout.keywords == {"label_drop": 0.25, "time": "cosmap"}
+    assert objectives.build("vae").roles == {"net": "trained"}
+
+
+def test_settings_named_by_two_players_reach_both():
+    def first(nets, batch, key, *, shared: int, own: float = 0.0):
+        return shared + own, {}
+
+    def second(nets, batch, key, *, shared: int):
+        return 10 * shared, {}
+
+    objective = Objective({"a": "trained", "b": "trained"}, (Player("a", first), Player("b", second, every=5)))
+    bound = bind(objective, {"shared": 2, "own": 0.5})
+    assert [p.loss(None, None, None)[0] for p in bound.players] == [2.5, 20]
+    assert [p.every for p in bound.players] == [1, 5]
+    assert bound.rollout(None, {"x": 1}, None) == {"x": 1}  # an objective without rollout leaves the batch alone
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("flow", "objective.name = 'flow' is unknown; valid: .*flow_matching"),
+        ({"weight": "x"}, "objective.name is missing"),
+        ({"name": "flow_matching", "wieght": "x"}, "objective.wieght is unknown; valid: .*weight.*time, label_drop"),
+        ({"name": "flow_matching", "label_drop": "often"}, "objective.label_drop = 'often' should be float"),
+        ({"name": "consistency_training", "solver": "euler"}, "objective.solver is unknown"),
+        ({"name": "vae", "nets": {}}, "objective.nets is unknown"),
+    ],
+)
+def test_bad_settings_are_refused(section, words):
+    with pytest.raises(ConfigError, match=words):
+        objectives.build(section)
