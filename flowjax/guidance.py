@@ -92,7 +92,8 @@ def rescale(model: Model, scale: float, phi: float = 0.7) -> Model:
 def autoguidance(model: Model, scale: float, bad: Model) -> Model:
     """Guidance away from a worse version of the model itself, under the same condition (2406.02507 eq. 3).
 
-    `bad` is a smaller or less trained network on the same path; its prediction may be of another kind.
+    `bad` is a smaller or less trained network on the same path. Its prediction may be of another kind, converted to the
+    model's: give both the same one where samplers evaluate at an end of the path.
     """
     if bad.path != model.path:
         raise ConfigError(f"guidance.bad is a model of the path {bad.path.name!r} and not of the guided one, {model.path.name!r}")
@@ -165,15 +166,15 @@ def cfg_zero(model: Model, scale: float, zero_above: float = 1.0) -> Model:
 def classifier(model: Model, scale: float, log_prob) -> Model:
     """Classifier guidance (2105.05233 eq. 11): score + w grad_x log p(cond | x_t).
 
-    log_prob(x_t, t, cond) -> (B,) log-probabilities of a classifier of noisy data. Where a(t) = 0 the data is gone, its
-    gradient carries no information and the model is left alone.
+    log_prob(x_t, t, cond) -> (B,) log-probabilities of a classifier of noisy data. The model is left alone at a(t) = 0,
+    where the gradient carries no information, and at b(t) = 0, where no score changes the velocity.
     """
     if _equals(scale, 0):
         return _wrap(model, model.apply)
 
     def apply(x_t, t, cond, key):
         gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t, cond)))(x_t)
-        informative = model.path.a(t) > 1e-6
+        informative = (model.path.a(t) > 1e-6) & (model.path.b(t) > 0)
         slope = jnp.where(informative, _slope(model, "score", model.prediction, jnp.where(informative, t, 0.5)), 0.0)
         return model.apply(x_t, t, cond, key) + expand(scale * slope, x_t) * gradient
 

@@ -51,6 +51,17 @@ def affine(sampler, model, times, draw=lambda key: key):
     return tuple(np.asarray(v) for v in coefficients(times[:-1], times[1:]))
 
 
+def normal_data(mean, variance, path):
+    """The exact velocity of N(mean, variance) in one dimension: as exact.gaussian has it, but quick to compile."""
+
+    def velocity(x_t, t, cond, key):
+        t = t[:, None]
+        a, b, da, db = path.a(t), path.b(t), path.da(t), path.db(t)
+        return da * mean + (a * da * variance + b * db) / (a**2 * variance + b**2) * (x_t - a * mean)
+
+    return Model(velocity, path, "velocity")
+
+
 def moments(steps, mean, variance):
     """Mean and variance after each of the affine steps."""
     out = []
@@ -69,7 +80,7 @@ def steps_to(n, t=0.999, s=0.001):
 
 def test_variance_recursion_of_the_sde():
     """Data N(0, 1/4), g^2 = 2t, so Dif = t: weak order 1, exact value .24950."""
-    model = exact.gaussian([0.0], 0.25).model(RF)
+    model = normal_data(0.0, 0.25, RF)
     found = []
     for n in (50, 200, 800, 3200):
         steps = affine({"name": "euler_maruyama", "diffusion": "linear"}, model, steps_to(n))
@@ -78,14 +89,13 @@ def test_variance_recursion_of_the_sde():
 
 
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
-@pytest.mark.parametrize("path", ["rectified", "trigonometric", "vp_linear"])
+@pytest.mark.parametrize("path", ["rectified", "vp_linear"])
 def test_every_diffusion_keeps_the_marginals(diffusion, path):
     path = PATHS[path]()
-    data = exact.gaussian([0.6], 0.25)
     errors = []
     for n in (1000, 4000):
         times = steps_to(n, 0.95, 0.05)
-        steps = affine({"name": "euler_maruyama", "diffusion": diffusion}, data.model(path), times)
+        steps = affine({"name": "euler_maruyama", "diffusion": diffusion}, normal_data(0.6, 0.25, path), times)
         a, b = (np.asarray(f(jnp.asarray(times))) for f in (path.a, path.b))
         variance = a**2 / 4 + b**2
         mean, found = moments(steps, 0.6 * a[0], variance[0])
@@ -246,11 +256,11 @@ def test_many_steps_give_the_data(name):
 def test_second_order_sde_beats_its_first_order_start():
     """Variance of Gaussian data after N steps: DPM-Solver++(2M) SDE against ancestral sampling, which is its first order."""
     data = exact.gaussian([0.0], 0.25)
-    times = np.linspace(0.95, 0.05, 9)
+    times = 1 / (1 + np.exp(np.linspace(-math.log(19), math.log(19), 17)))
     x = math.sqrt(0.05**2 / 4 + 0.95**2) * jax.random.normal(KEY, (40000, 1))
     goal = 0.95**2 / 4 + 0.05**2
     errors = [abs(float(sample(data.model(RF), x, KEY, times, s).var()) - goal) for s in ("dpmpp_2m_sde", "ancestral")]
-    assert errors[0] < 0.01 < errors[1]
+    assert errors[0] < 0.012 and errors[1] > 0.05
 
 
 # Churn.
@@ -346,7 +356,7 @@ def test_langevin_rescales_and_denoises():
     kept = sample(model, jnp.ones((1, 1)), KEY, [0.5, 0.25, 0.0], {**quiet, "denoise": False})
     np.testing.assert_allclose(kept, 2.0, atol=1e-12)
     from_noise = sample(model, jnp.ones((1, 1)), KEY, [1.0, 0.25], quiet)
-    np.testing.assert_allclose(from_noise, 0.75 * 0 + 1.0 * 0.75, atol=1e-12)
+    np.testing.assert_allclose(from_noise, 1.0, atol=1e-12)  # no signal to rescale
 
 
 def test_annealed_langevin_samples_the_data():
@@ -358,22 +368,22 @@ def test_annealed_langevin_samples_the_data():
     assert float(end.var()) == pytest.approx(0.25, rel=0.15)
 
 
-def test_corrector_has_the_signal_to_noise_ratio_asked_for():
-    """Its drift is snr times its noise in norm, and its noise variance is twice its drift per unit of score, per row."""
-    scores = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, -5.0]])
-    model = Model(lambda x_t, t, cond, key: scores, edm(), "score")
-    keys = jax.random.split(KEY, 3)
-    # A predictor from t to t moves nothing.
-    settings = {"name": "predictor_corrector", "predictor": "euler", "snr": 0.2}
-    sampler = config.build(SAMPLERS, settings, "sampler")
-    t = jnp.asarray(0.1)
-    moved, _ = sampler.step(model, jnp.zeros((3, 3)), t, t, keys, ())
-    for row, score, k in zip(moved, scores, keys):
-        xi = jax.random.normal(jax.random.fold_in(k, 1), (3,))
-        (drift, spread), *_ = jnp.linalg.lstsq(jnp.stack([score, xi], 1), row)
-        np.testing.assert_allclose(drift * score + spread * xi, row, atol=1e-10)
-        assert float(spread**2) == pytest.approx(float(2 * drift))
-        assert float(drift * jnp.linalg.norm(score)) == pytest.approx(float(0.2 * spread * jnp.linalg.norm(xi)))
+def test_corrector_step_size():
+    """For score = -z / b the drift is snr times the noise in norm: eta / b = snr sqrt(2 eta), so eta = 2 (snr b)^2."""
+    flat = Model(lambda x_t, t, cond, key: jnp.ones_like(x_t), edm(), "score")
+    settings = {"name": "predictor_corrector", "predictor": "euler", "snr": 0.2}  # a predictor from t to t moves nothing
+    a, b, c = (v[0] for v in affine(settings, flat, [0.1, 0.1], draw=lambda key: jax.random.fold_in(key, 1)))
+    assert a == pytest.approx(1.0)
+    assert c / 8.0 == pytest.approx(0.2 * b)
+    assert b**2 == pytest.approx(2 * c)
+
+
+def test_corrector_repeats_with_fresh_noise():
+    flat = Model(lambda x_t, t, cond, key: jnp.ones_like(x_t), edm(), "score")
+    settings = {"name": "predictor_corrector", "predictor": "euler", "snr": 0.1, "corrector_updates": 3}
+    x = sample(flat, jnp.zeros((20000, 1)), KEY, [0.0125, 0.0125], settings)
+    assert float(x.mean()) == pytest.approx(0.06, abs=0.01)
+    assert float(x.var()) == pytest.approx(0.12, rel=0.04)
 
 
 @pytest.mark.parametrize("predictor", ["ancestral", "ddim", "euler"])

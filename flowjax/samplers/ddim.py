@@ -20,7 +20,7 @@ def ddim_step(model, x, t, s, key, carry, *, eta=0.0, clip=None):
         return path.a(s) * x_hat + path.b(s) * z_hat, carry
     k = eta * jnp.sqrt(posterior_variance(path, t, s))
     rest = jnp.sqrt(jnp.maximum(path.b(s) ** 2 - k**2, 0.0))
-    return path.a(s) * x_hat + rest * z_hat + k * normal(key, x), carry
+    return path.a(s) * x_hat + rest * z_hat + jnp.where(is_last(path, s), 0.0, k) * normal(key, x), carry
 
 
 def ancestral_step(model, x, t, s, key, carry, *, variance="small", clip=None):

@@ -18,7 +18,7 @@ from flowjax.samplers.base import Sampler, fold_in, is_last, normal
 
 
 def langevin(model, x, t, key, eta):
-    """One update at noise level t, with eta a scalar or of shape (B, 1, ...)."""
+    """One update at noise level t, with a scalar eta."""
     return x + eta * model.get("score", x, t) + jnp.sqrt(2 * eta) * normal(key, x)
 
 
@@ -37,18 +37,15 @@ def annealed_step(model, x, t, s, key, carry, *, updates=5, step_size=0.062, den
 
 
 def predictor_corrector_step(model, x, t, s, key, carry, *, predictor, corrector_updates=1, snr=0.16):
-    """Corrector at level t with eta = 2 (snr |xi| / |score|)^2, then the predictor from t to s."""
-    for i in range(corrector_updates):
-        score = model.get("score", x, t)
-        xi = normal(fold_in(key, i + 1), x)
-        # The paper's code takes the batch mean of each norm; per sample, a row does not depend on its neighbours.
-        eta = 2 * (snr * _norm(xi) / jnp.maximum(_norm(score), 1e-12)) ** 2
-        x = x + eta * score + jnp.sqrt(2 * eta) * xi
+    """Corrector at level t with eta = 2 (snr b(t))^2, then the predictor from t to s.
+
+    The paper's code takes eta = 2 (snr |xi| / |score|)^2 with norms averaged over the batch. For score = -z / b that ratio
+    is b. Written so, a row does not depend on its neighbours, nor the step size on the noise it multiplies.
+    """
+    eta = 2 * (snr * model.path.b(t)) ** 2
+    for i in range(corrector_updates):  # unrolled as above
+        x = langevin(model, x, t, fold_in(key, i + 1), eta)
     return predictor(model, x, t, s, fold_in(key, 0), carry)
-
-
-def _norm(u):
-    return jnp.sqrt(jnp.sum(u**2, axis=tuple(range(1, u.ndim)), keepdims=True))
 
 
 PREDICTORS = {"ancestral": ddim.ancestral_step, "ddim": ddim.ddim_step, "euler": ode.euler_step}
