@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flowjax.config import ConfigError, build
 from flowjax.evals.image import dequantise
@@ -70,30 +69,26 @@ def pca(images: np.ndarray, dim: int = 64) -> Features:
 
 
 def _fit(net: Classifier, images: np.ndarray, labels: np.ndarray, steps: int, batch: int, seed: int) -> list[np.ndarray]:
-    """Parameter leaves after Adam with a cosine schedule on cross-entropy, images shifted by up to a pixel.
+    """Parameter leaves after `steps` of the one train step on the classification objective, images shifted by up to a pixel.
 
     Deterministic in `seed` on one platform.
     """
-    x, y = jnp.asarray(dequantise(images)), jnp.asarray(labels)
-    params = nn.meta.unbox(jax.jit(net.init)(jax.random.key(seed), x[:1]))
-    tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
+    from flowjax import objectives
+    from flowjax.train import optim
+    from flowjax.train.roles import Role
+    from flowjax.train.step import State, make_step
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, x, y, i):
-        pick, shift = jax.random.split(jax.random.fold_in(jax.random.key(seed + 1), i))
-        index = jax.random.randint(pick, (batch,), 0, len(x))
-        moved = jnp.roll(x[index], jax.random.randint(shift, (2,), -1, 2), (1, 2))
-
-        def loss(p):
-            return optax.softmax_cross_entropy_with_integer_labels(net.apply(p, moved), y[index]).mean()
-
-        updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt_state = tx.init(params)
-    for i in range(steps):  # not a scan: XLA's CPU backend runs convolutions inside loops thirty times slower
-        params, opt_state = step(params, opt_state, x, y, i)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    role, x, rng = Role(net), dequantise(images), np.random.default_rng(seed)
+    params = nn.meta.unbox(jax.jit(lambda key: role.init(key, x[:1], {}))(jax.random.key(seed)))
+    section = {"name": "adamw", "schedule": {"name": "cosine", "rate": 2e-3}}
+    transform, _ = optim.build(section, params, steps)
+    objective = objectives.build({"name": "classification", "shift": 1})
+    step = jax.jit(make_step(objective, {"net": role}, {"net": transform}, {}, seed=seed), donate_argnums=0)
+    state = State(jnp.zeros((), jnp.int32), {"net": params}, {"net": transform.init(params)}, {})
+    for _ in range(steps):
+        index = rng.integers(0, len(x), batch)
+        state, _ = step(state, {}, {"x": x[index], "cond": {"label": labels[index].astype(np.int32)}})
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params["net"])]
 
 
 def classifier(
@@ -116,7 +111,7 @@ def classifier(
     code = inspect.getsource(Classifier) + inspect.getsource(_fit)
     key = fingerprint(images, np.asarray(labels, np.int64), code, net, steps, batch, seed)
     path = None if cache is None else pathlib.Path(cache) / f"classifier-{key[:16]}.npz"
-    shapes = nn.meta.unbox(jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, *images.shape[1:]))))
+    shapes = nn.meta.unbox(jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, *images.shape[1:]))))["params"]
     treedef = jax.tree.structure(shapes)
     if path is not None and path.exists():
         with np.load(path) as stored:
@@ -128,16 +123,28 @@ def classifier(
             partial = path.with_suffix(f".{os.getpid()}.tmp.npz")  # renamed when whole: a reader never meets half a file
             np.savez(partial, **{f"leaf{i}": leaf for i, leaf in enumerate(leaves)})
             os.replace(partial, path)
-    params = jax.tree.unflatten(treedef, leaves)
+    return _penultimate("classifier", net, jax.tree.unflatten(treedef, leaves))
 
+
+def network(images: np.ndarray, checkpoint: str, weights: str = "ema") -> Features:
+    """Penultimate layer of a classifier trained by a run of its own (objective `classification`): an export or a workdir."""
+    from flowjax.train import export
+
+    role, params, info = export.load(checkpoint, weights, where="evals.features")
+    if role.module.kind != "classifier" or role.module.time or tuple(info["shape"]) != images.shape[1:]:
+        raise ConfigError(f"evals.features: {checkpoint} is no classifier of clean images of shape {images.shape[1:]}")
+    return _penultimate("network", role.module, params)
+
+
+def _penultimate(name: str, net: Classifier, params) -> Features:
     @jax.jit
     def penultimate(x):
         # Full float32 products on every platform: accelerators default to less, and a distance would shift with the hardware.
         with jax.default_matmul_precision("highest"):
-            return net.apply(params, x, features=True)
+            return net.apply({"params": params}, x, features=True)
 
-    apply = functools.partial(_in_batches, penultimate)
-    return Features("classifier", fingerprint(net, *leaves), dim, apply)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+    return Features(name, fingerprint(net, *leaves), net.features, functools.partial(_in_batches, penultimate))
 
 
 def _in_batches(fn: Callable, images: np.ndarray, size: int = 512) -> np.ndarray:
@@ -150,7 +157,7 @@ def _in_batches(fn: Callable, images: np.ndarray, size: int = 512) -> np.ndarray
     return np.concatenate(out)
 
 
-FEATURES = {"pixels": pixels, "pca": pca, "classifier": classifier}
+FEATURES = {"pixels": pixels, "pca": pca, "classifier": classifier, "network": network}
 
 
 def extractor(section, images: np.ndarray, labels: np.ndarray, cache=None) -> Features:

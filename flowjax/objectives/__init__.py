@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import consistency, dpo, flow_matching, vae
+from flowjax.objectives import classification, consistency, dpo, flow_matching, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "consistency_training": consistency.TRAINING,
     "diffusion_dpo": dpo.OBJECTIVE,
     "vae": vae.OBJECTIVE,
+    "classification": classification.OBJECTIVE,
 }
 
 

@@ -76,7 +76,8 @@ class Role:
         elif self.module.kind == "autoencoder":
             variables = self.module.init(key, x, key)
         else:
-            variables = self.module.init(key, x)
+            t = jnp.zeros(x.shape[:1], jnp.float32) if self.module.time else None
+            variables = self.module.init(key, x, t=t)
         return variables["params"]
 
 

@@ -1,0 +1,136 @@
+"""What studies share: train once, measure once, write a table."""
+
+import csv
+import functools
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+RUNS = flags.DEFINE_string("runs", "runs/studies", "Where trained runs are kept.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=1)
+HERE = pathlib.Path(__file__).parent
+
+
+def config(name: str, arg: str = "", **changes) -> dict:
+    """configs/<name>.py as a plain dict, top-level sections replaced by `changes` (dicts are merged one level deep)."""
+    base = importlib.import_module(f"configs.{name}")
+    values = (base.get_config(arg) if arg else base.get_config()).to_dict()
+    for key, value in changes.items():
+        merge = isinstance(value, dict) and isinstance(values.get(key), dict) and value.get("name") in (None, values[key].get("name"))
+        values[key] = {**values[key], **value} if merge else value
+    values["log"] = {**values["log"], "tensorboard": False}
+    return values
+
+
+def train(name: str, settings: dict) -> pathlib.Path:
+    """The workdir of a finished run of `settings` under --runs/<name>, trained now where it is not."""
+    from flowjax.train import loop
+
+    workdir = pathlib.Path(RUNS.value) / name
+    loop.run(settings, workdir)
+    return workdir
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(workdir, weights):
+    from flowjax.train import export
+
+    role, params, info = export.load(workdir, weights)
+    return role, params, info, export.codec_of(workdir, info)
+
+
+@functools.lru_cache(maxsize=64)
+def _sampler(workdir, weights, steps, sampler, guidance):
+    from flowjax import generate
+
+    role, _, info, codec = _loaded(workdir, weights)
+    section = "none" if guidance is None else {"name": "cfg", "scale": guidance}
+    return jax.jit(generate.make(role, tuple(info["shape"]), codec=codec, steps=steps, sampler=sampler, guidance=section))
+
+
+def samples(workdir, labels, *, weights="ema", steps=25, sampler="heun", guidance=None, seed=0):
+    """(N, H, W, C) samples for labels (N,); guidance is a scale of classifier-free guidance or None."""
+    from flowjax import generate
+
+    _, params, _, _ = _loaded(workdir, weights)
+    return generate.run(_sampler(workdir, weights, steps, sampler, guidance), params, {"label": labels}, len(labels), seed=seed)
+
+
+@functools.lru_cache(maxsize=2)
+def _real(data: str):
+    from flowjax.data.pipeline import arrays
+
+    part = lambda split: arrays(json.loads(data), split)  # noqa: E731
+    return {k: {"x": p["x"], "label": p["cond"]["label"]} for k, p in (("train", part("train")), ("test", part("test")))}
+
+
+def measure(workdir, *, count=1000, metrics=("frechet", "agreement"), features=("pixels",), data=None, seed=0, **options) -> dict:
+    """Evaluation results of `count` balanced samples, stored under <workdir>/study and read back the next time."""
+    from flowjax.evals import protocol
+    from flowjax.evals.evaluate import evaluate
+    from flowjax.train import export
+
+    workdir = pathlib.Path(workdir)
+    key = {"count": count, "metrics": list(metrics), "features": list(features), "seed": seed, **options}
+    file = workdir / "study" / f"{protocol.digest(key)}.json"
+    if file.exists():
+        return json.loads(file.read_text())["results"]
+    info = export.info_of(workdir)
+    labels = protocol.labels(count, 10, "balanced", seed)
+    x = samples(workdir, labels, seed=seed, **options)
+    real = _real(json.dumps(data or info["config"]["data"], sort_keys=True))
+    results = evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed})
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"key": key, "results": results}, indent=1))
+    return results
+
+
+def real(workdir) -> dict:
+    """{"train", "test"} arrays of the data that a run was trained on."""
+    from flowjax.train import export
+
+    return _real(json.dumps(export.info_of(workdir)["config"]["data"], sort_keys=True))
+
+
+def frechet(results: dict) -> dict:
+    """The one Frechet entry of `measure`'s results."""
+    return next(iter(results["frechet"].values()))
+
+
+def spread(values) -> str:
+    """"mean ± standard deviation" over seeds, four significant digits."""
+    values = np.asarray(values, float)
+    return f"{values.mean():.4g} ± {values.std(ddof=1) if len(values) > 1 else 0:.2g}"
+
+
+def table(name: str, head: list[str], rows: list[list]):
+    """Write <study>.csv and return the same as a Markdown table."""
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    with (out / f"{name}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def page(name: str, text: str):
+    """Write the study's page and print it."""
+    path = HERE / "results" / f"{name}.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text.rstrip() + "\n")
+    print(text)
+
+
+def figure(name: str, draw, size=(5, 3.4)):
+    """Save what draw(axes) plots as <name>.png."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=size, layout="constrained")
+    draw(fig.add_subplot())
+    path = HERE / "results" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    fig.savefig(path, dpi=110)
