@@ -9,12 +9,14 @@ import pathlib
 from absl import flags
 
 from experiments import shell
+from flowjax.config import ConfigError
 from flowjax.train import runtime
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to export.", required=True)
 OUT = flags.DEFINE_string("out", "", "Where to; default: <workdir>/export.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", 'The name of an average, or "params".')
-STEP = flags.DEFINE_integer("step", 0, "Which checkpoint; 0: the newest intact one.")
+STEP = flags.DEFINE_integer("step", 0, "Which checkpoint (or snapshot); 0: the newest intact one.", lower_bound=0)
+POSTHOC_STD = flags.DEFINE_float("posthoc_std", 0.0, "Width of a power average to reconstruct from the run's snapshots.", lower_bound=0.0)
 LATENT_EXAMPLES = flags.DEFINE_integer("latent_examples", 50_000, "Examples for an autoencoder's latent statistics.")
 
 
@@ -26,13 +28,15 @@ def main():
     step = STEP.value or None
     out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "export")
     latents = None
-    role, params, info = export.load(WORKDIR.value, WEIGHTS.value, step)
+    if POSTHOC_STD.value and WEIGHTS.present:
+        raise ConfigError("--weights and --posthoc_std exclude each other")
+    role, params, info = export.load(WORKDIR.value, WEIGHTS.value, step, posthoc_std=POSTHOC_STD.value)
     if role.module.kind == "autoencoder":
         count = info["data"].get("count") or LATENT_EXAMPLES.value
         batch = min(250, count)
         stream = pipeline(info["config"]["data"], batch, 0, shuffle=True)
         latents = export.measure_latents(role, params, (next(stream)["x"] for _ in range(min(count, LATENT_EXAMPLES.value) // batch)))
-    info = export.export(WORKDIR.value, out, WEIGHTS.value, step, latents)
+    info = export.export(WORKDIR.value, out, WEIGHTS.value, step, latents, POSTHOC_STD.value)
     print(f"step {info['step']} ({info['weights']}): {out}")
     return 0
 

@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import objectives
-from flowjax.config import ConfigError
+from flowjax.config import ConfigError, bind, lookup
 from flowjax.data.pipeline import pipeline
 from flowjax.models import sharding
 from flowjax.train import checkpoint, ema, export, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role
+
+# What describes a network that this run trains.
+NETWORK = ("model", "path", "prediction", "input_scaling")
 
 
 def build_roles(config, objective, where="config"):
@@ -29,23 +32,34 @@ def build_roles(config, objective, where="config"):
         elif kind == "frozen":
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
-            if section["model"] or section["path"] or section["prediction"] or section["optimizer"] or section["every"]:
+            if any(section[k] for k in (*NETWORK, "optimizer", "every")):
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
             loaded[name] = params, info
         else:
             section = section or {}
             if name == "net":
-                if any(section.get(k) for k in ("model", "path", "prediction")):
-                    raise ConfigError("roles.net takes its network from config.model, config.path and config.prediction")
-                model, path, prediction = config["model"], config["path"], config["prediction"]
-            else:
-                model, path, prediction = (section.get(k) or config[k] for k in ("model", "path", "prediction"))
-            roles[name] = build_role(model, path, prediction, "model" if name == "net" else f"roles.{name}.model")
+                if any(section.get(k) for k in (*NETWORK, "optimizer")):
+                    raise ConfigError(f"roles.net takes its network and optimizer from the config's {', '.join(NETWORK)}, optimizer")
+            model, path, prediction, scaling = (section.get(k) or config[k] for k in NETWORK)
+            label = "model" if name == "net" else f"roles.{name}.model"
+            roles[name] = build_role(model, path, prediction, label, input_scaling=scaling)
             if section.get("checkpoint"):
                 _, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
                 loaded[name] = params, info
     return roles, loaded
+
+
+def check_evaluation(section):
+    """ConfigError where config.evaluate names what does not exist: found before the training, not after it."""
+    from flowjax.evals import agreement, evaluate, features, protocol
+
+    for metric in section["metrics"]:
+        bind(evaluate.METRICS, metric, "evaluate.metrics", ("sets",))
+    for network in section["features"]:
+        bind(features.FEATURES, network, "evaluate.features", ("images", "labels", "cache"))
+    bind(agreement.JUDGES, section["judge"], "evaluate.judge", ("images", "labels"))
+    lookup(protocol.LABEL_RULES, section["labels"], "evaluate.labels")
 
 
 class Run:
@@ -53,18 +67,24 @@ class Run:
 
     def __init__(self, config, data_start: int = 0):
         self.config = config = settings.resolve(config)
+        check_evaluation(config["evaluate"])
         self.objective = objectives.build(config["objective"])
         self.mesh = mesh_lib.make_mesh(**config["mesh"])
         self.rules = {**sharding.RULES, **{k: tuple(v) if isinstance(v, list) else v for k, v in config["rules"].items()}}
         unknown = set(config["rules"]) - set(sharding.RULES)
         if unknown:
             raise ConfigError(f"rules.{min(unknown)} is unknown; valid: {', '.join(sharding.RULES)}")
+        for name, axes in self.rules.items():
+            if wrong := {*((axes,) if isinstance(axes, str) else axes or ())} - {*mesh_lib.AXES}:
+                raise ConfigError(f"rules.{name} = {axes!r}: no mesh axis {min(wrong)!r}; valid: {', '.join(mesh_lib.AXES)}, None")
         mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh)
         self.pipeline = self.stream("train", config["seed"], data_start)
         self.roles, self.loaded = build_roles(config, self.objective)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
         self.averages = {k: ema.build(v, f"ema.{k}") for k, v in config["ema"].items()}
+        kept = {k: ema.snapshots(v, f"ema.{k}") for k, v in config["ema"].items()}
+        self.snapshots = {k: v for k, v in kept.items() if v}
         for name, (_, of) in self.averages.items():
             if self.objective.roles.get(of) != "trained":
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
@@ -112,18 +132,17 @@ class Run:
         boxed = jax.eval_shape(self._init_params, jax.random.key(0))
         places = {k: sharding.param_specs(v, self.mesh, self.rules) for k, v in boxed.items()}
         shapes = meta.unbox(boxed)
-        self.transforms, self.schedules, every = {}, {}, {}
+        self.transforms, self.schedules = {}, {}
+        self.every = {p.role: (config["roles"].get(p.role) or {}).get("every") or p.every for p in self.objective.players}
         for name in self.trained:
             section = config["roles"].get(name) or {}
             where = "optimizer" if name == "net" or not section.get("optimizer") else f"roles.{name}.optimizer"
             optimizer = section.get("optimizer") or config["optimizer"]
-            self.transforms[name], self.schedules[name] = optim.build(optimizer, shapes[name], config["steps"], where)
-            if section.get("every"):
-                every[name] = section["every"]
-        self.every = every
+            built = optim.build(optimizer, shapes[name], config["steps"], where, self.every[name])
+            self.transforms[name], self.schedules[name] = built
 
         def init(key):
-            params = meta.unbox(self._init_params(key))
+            params = meta.unbox(self._init_params(jax.random.fold_in(key, 0)))
             # Copies: the step donates its state, and a buffer cannot be donated twice.
             averages = {k: jax.tree.map(lambda p: p.astype(jnp.float32) + 0, params[of]) for k, (_, of) in self.averages.items()}
             opt = {k: self.transforms[k].init(params[k]) for k in self.trained}
@@ -172,6 +191,15 @@ class Run:
             donate_argnums=0,
         )
 
+    def jit(self, fn):
+        """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""
+
+        def on_mesh(*arguments):
+            with sharding.use(self.mesh, self.rules):
+                return fn(*arguments)
+
+        return jax.jit(on_mesh, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
+
     def validate(self):
         """jitted (state, frozen, batch, index) -> loss of the first average of the first player's role, or of its parameters."""
         player = self.objective.players[0]
@@ -186,12 +214,12 @@ class Run:
                 batch = step_lib.prepare(self.objective, nets, batch, key, state.step)
                 return player.loss(nets, batch, None)[0]
 
-        return jax.jit(loss)
+        return jax.jit(loss, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
 
     def info(self, step, weights):
         """What an export or a workdir says about its network."""
         return {
-            "model": self.config["model"], "path": self.config["path"], "prediction": self.config["prediction"],
+            **{k: self.config[k] for k in NETWORK},
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "image_shape": list(self.pipeline.shape), "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),

@@ -36,7 +36,7 @@ def bytes_per_device(tree) -> int:
 def histogram(t, bins: int = 10) -> list[float]:
     """Share of the times in each tenth of [0, 1]."""
     counts, _ = np.histogram(np.asarray(t), bins=bins, range=(0.0, 1.0))
-    return [round(float(c) / max(1, counts.sum()), 4) for c in counts]
+    return [round(int(c) / max(1, int(counts.sum())), 4) for c in counts]
 
 
 def write(workdir, facts: dict):

@@ -8,6 +8,7 @@ fingerprint is stored, compared after loading, and a damaged step is named and s
 import json
 import logging
 import pathlib
+import zlib
 from collections.abc import Mapping
 
 import jax
@@ -79,9 +80,9 @@ class Checkpoints:
         """Write in the background; the state may be donated as soon as this returns. An existing step is left alone."""
         if step in self.steps():
             return
-        extra = {**extra, "fingerprints": fingerprints(state)}
+        extra = {**extra, "fingerprints": fingerprints(state), "shapes": _shapes(state)}
         metrics = {k: float(v) for k, v in (metrics or {}).items()}
-        self._writer.save_checkpointables_async(step, {"state": as_dict(state), "extra": json.loads(json.dumps(extra))}, metrics=metrics)
+        self._writer.save_checkpointables_async(step, {"state": as_dict(state), "extra": _sealed(extra)}, metrics=metrics)
 
     def restore(self, target, step: int | None = None):
         """(state, extra, step) of the newest intact checkpoint, or of `step`; None when there is none.
@@ -95,9 +96,8 @@ class Checkpoints:
         candidates = [step] if step is not None else available[::-1]
         for candidate in candidates:
             try:
-                extra = self._load(candidate, {"extra": None})["extra"]
-                if set(extra["fingerprints"]) != set(names_of(target)):
-                    raise _different(extra["fingerprints"], target, self.directory / str(candidate))
+                extra = _opened(self._load(candidate, {"extra": None})["extra"])
+                _check_fit(extra["shapes"], target, self.directory / str(candidate))
                 state = from_dict(self._load(candidate, {"state": as_dict(target)})["state"], target)
                 found = fingerprints(state)
                 broken = [k for k, v in found.items() if v != extra["fingerprints"][k]]
@@ -107,8 +107,7 @@ class Checkpoints:
             except ConfigError:
                 raise
             except Exception as error:  # orbax raises many types for damaged files
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                log.error("checkpoint %s is damaged (%s)", self.directory / str(candidate), reason[:300])
+                log.error("checkpoint %s is damaged (%s)", self.directory / str(candidate), _reason(error))
         if candidates:
             raise ConfigError(f"every checkpoint in {self.directory} is damaged: {candidates}")
         return None
@@ -135,11 +134,37 @@ def from_dict(tree, like):
     return like.replace(**tree)
 
 
-def _different(stored, target, where):
-    wanted = set(names_of(target))
-    missing, extra = sorted(wanted - set(stored)), sorted(set(stored) - wanted)
-    parts = [f"{label} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for label, names in (("lacks", missing), ("has besides", extra)) if names]
-    return ConfigError(f"checkpoint {where} was written by another configuration: it {'; '.join(parts)}")
+def _shapes(state):
+    return {name: list(leaf.shape) for name, leaf in zip(names_of(state), jax.tree.leaves(state))}
+
+
+def _check_fit(stored, target, where):
+    """ConfigError naming leaves unless a checkpoint holds the leaves of `target` in its shapes."""
+    wanted = _shapes(target)
+    groups = {
+        "lacks": sorted(wanted.keys() - stored.keys()),
+        "has besides": sorted(stored.keys() - wanted.keys()),
+        "has in other shapes": sorted(k for k in wanted.keys() & stored.keys() if wanted[k] != stored[k]),
+    }
+    parts = [f"{label} {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}" for label, names in groups.items() if names]
+    if parts:
+        raise ConfigError(f"checkpoint {where} was written by another configuration: it {'; '.join(parts)}")
+
+
+def _sealed(extra):
+    """The JSON item with a checksum: a flipped digit would otherwise load as another number."""
+    text = json.dumps(extra)
+    return {"text": text, "crc": zlib.crc32(text.encode())}
+
+
+def _opened(item):
+    if zlib.crc32(item["text"].encode()) != item["crc"]:
+        raise OSError("its description changed on disk")
+    return json.loads(item["text"])
+
+
+def _reason(error) -> str:
+    return (str(error).splitlines()[0] if str(error) else type(error).__name__)[:300]
 
 
 def _absolute(directory):
@@ -157,11 +182,18 @@ def save_tree(directory, params):
     ocp.save(_absolute(directory), params, overwrite=True)
 
 
-def load_tree(directory, target):
-    """Read a parameter tree written by save_tree into the shapes (and shardings) of `target`."""
+def load_checked(directory, target, expected: Mapping[str, int]):
+    """Read a tree written by save_tree into the shapes (and shardings) of `target`; ConfigError unless it has these fingerprints."""
     from orbax.checkpoint import v1 as ocp
 
-    return ocp.load(_absolute(directory), target)
+    try:
+        tree = ocp.load(_absolute(directory), target)
+    except Exception as error:  # orbax raises many types for damaged files
+        raise ConfigError(f"{directory} is damaged ({_reason(error)})") from error
+    broken = [k for k, v in fingerprints(tree).items() if v != expected.get(k)]
+    if broken:
+        raise ConfigError(f"{directory} is damaged or replaced: its values are not those that were written, in {', '.join(broken[:4])}")
+    return tree
 
 
 def host(tree):
@@ -186,7 +218,7 @@ def load_part(directory, part: str, target, step: int | None = None):
     for candidate in steps if step is None else [step]:
         place = _absolute(root / str(candidate))
         try:
-            extra = ocp.load_checkpointables(place, {"extra": None})["extra"]
+            extra = _opened(ocp.load_checkpointables(place, {"extra": None})["extra"])
             wanted = target
             for name in reversed(part.split("/")):
                 wanted = {name: wanted}
@@ -198,6 +230,5 @@ def load_part(directory, part: str, target, step: int | None = None):
                 tree = tree[name]
             return tree, candidate
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.error("checkpoint %s cannot be read (%s)", place, reason[:300])
+            log.error("checkpoint %s cannot be read (%s)", place, _reason(error))
     raise ConfigError(f"no readable checkpoint with {part} in {directory}: tried {steps}")

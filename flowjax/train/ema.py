@@ -64,8 +64,31 @@ def update(average, params, decay):
     return jax.tree.map(lambda e, p: e * decay + p.astype(e.dtype) * (1 - decay), average, params)
 
 
+def _common(of: str = "net", snapshot_every: int = 0):
+    """The role that is averaged; for power averages, how often a snapshot is kept for flowjax.train.posthoc (0 = never)."""
+
+
+def _sections(section, where: str):
+    """(name, own settings, common settings) of an entry of config.ema."""
+    name, settings = config.split(section, where)
+    common, own = config.arguments(_common), config.arguments(config.lookup(DECAYS, name, f"{where}.name"))
+    for key in settings:
+        if key not in common and key not in own:
+            raise config.ConfigError(f"{where}.{key} is unknown; valid: {', '.join([*own, *common])}")
+    shared = config.check(_common, {k: v for k, v in settings.items() if k in common}, where)
+    return name, {k: v for k, v in settings.items() if k in own}, {k: p.default for k, p in common.items()} | shared
+
+
 def build(section, where: str):
     """(decay function, role averaged) of one entry of config.ema: {"name", "of", ...settings}."""
-    name, settings = config.split(section, where)
-    of = settings.pop("of", "net")
-    return config.build(DECAYS, {"name": name, **settings}, where), of
+    name, settings, common = _sections(section, where)
+    return config.build(DECAYS, {"name": name, **settings}, where), common["of"]
+
+
+def snapshots(section, where: str):
+    """(std, every) of a power average that keeps snapshots, else None."""
+    name, settings, common = _sections(section, where)
+    every = common["snapshot_every"]
+    if every < 0 or (every and name != "power"):
+        raise config.ConfigError(f"{where}.snapshot_every = {every} must be at least 0, and is for power averages only")
+    return (settings.get("std", config.arguments(power)["std"].default), every) if every else None

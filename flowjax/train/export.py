@@ -16,6 +16,7 @@ import numpy as np
 from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
+from flowjax.train import ema, posthoc
 from flowjax.train.roles import build_role, same_shapes
 
 
@@ -46,7 +47,8 @@ def info_of(path) -> dict:
 
 def role_of(info: dict, where: str):
     """The Role that an export's or workdir's config describes."""
-    return build_role(info["model"], info["path"], info["prediction"], f"{where}.model", latents=info.get("latents"))
+    sections = info["model"], info["path"], info["prediction"]
+    return build_role(*sections, f"{where}.model", info.get("latents"), info.get("input_scaling", "none"))
 
 
 def abstract(role, info: dict):
@@ -64,25 +66,28 @@ def abstract(role, info: dict):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
-def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint"):
+def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
     """(role, params, info) from an export, or from a workdir's newest intact checkpoint.
 
-    weights, for a workdir: the name of an average ("ema"), or "params" for the raw weights. An export has one set.
+    weights, for a workdir: the name of an average ("ema"), or "params" for the raw weights; posthoc_std > 0: instead, the
+    power average of that width, reconstructed from the run's snapshots (flowjax.train.posthoc). An export has one set.
     """
     path = pathlib.Path(path)
     info = info_of(path)
     role = role_of(info, where)
     target = abstract(role, info)
     if (path / "params").exists():
-        params = ck.load_tree(path / "params", target)
-        if "fingerprints" in info and ck.fingerprints(params) != info["fingerprints"]:
-            raise ConfigError(f"{path}/params does not hold the values that {path}/config.json describes: damaged or replaced")
-        return role, params, info
+        return role, ck.load_checked(path / "params", target, info["fingerprints"]), info
     if not (path / "checkpoints").exists():
         raise ConfigError(f"{path} holds neither params/ (an export) nor checkpoints/ (a workdir)")
-    available = list(info.get("config", {}).get("ema", {}))
-    if weights != "params" and weights not in available:
-        raise ConfigError(f"{where}: weights = {weights!r} is unknown in {path}; valid: params, {', '.join(available)}")
+    averages = info["config"]["ema"]
+    mine = [k for k, v in averages.items() if ema.build(v, f"ema.{k}")[1] == "net"]
+    if posthoc_std:
+        names = [k for k in averages if k in mine and ema.snapshots(averages[k], f"ema.{k}")]
+        params, step = posthoc.load(path, names, target, step, posthoc_std)
+        return role, params, {**info, "step": step, "weights": f"posthoc-{posthoc_std:g}"}
+    if weights != "params" and weights not in mine:
+        raise ConfigError(f"{where}: weights = {weights!r} is unknown in {path}; valid: params, {', '.join(mine)}")
     part = "params/net" if weights == "params" else f"ema/{weights}"
     params, step = ck.load_part(path / "checkpoints", part, target, step)
     return role, params, {**info, "step": step, "weights": weights}
@@ -99,12 +104,12 @@ def codec_of(path, info, where: str = "checkpoint"):
     return role.net(params)
 
 
-def export(source, out, weights: str = "ema", step: int | None = None, latents=None):
+def export(source, out, weights: str = "ema", step: int | None = None, latents=None, posthoc_std: float = 0.0):
     """Export a workdir's network (and the autoencoder it depends on) to `out`. Returns the info written.
 
     latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents.
     """
-    role, params, info = load(source, weights, step)
+    role, params, info = load(source, weights, step, posthoc_std=posthoc_std)
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
     section = info.get("config", {}).get("roles", {}).get("vae")

@@ -3,6 +3,7 @@
 Step k is dispatched before step k - 1 is read, so nothing blocks the device between steps.
 """
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -16,10 +17,14 @@ import numpy as np
 from flowjax import generate
 from flowjax.config import ConfigError
 from flowjax.models import flops
-from flowjax.train import card, checkpoint, log, pictures, settings
+from flowjax.train import card, checkpoint, log, optim, pictures, posthoc, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run
+
+
+# Several processes agree on a request to stop every so many steps: each could be asked at another moment.
+AGREE_EVERY = 10
 
 
 class NonFinite(FloatingPointError):
@@ -37,14 +42,30 @@ def run(config, workdir, stop: threading.Event | None = None) -> int:
     this = Run(config)
     config = this.config
     main = jax.process_index() == 0
-    if main:
-        _claim(workdir, this)
     stop = stop or threading.Event()
-    restore_signals = _listen(stop)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(_listen(stop))
+        return _run(this, config, workdir, stop, main, began, cleanup)
+
+
+def _run(this, config, workdir, stop, main, began, cleanup):
+    # --- trace everything that settings can break before a file is written
+    position = this.pipeline.get_state()
+    batch = mesh_lib.place(next(this.pipeline), this.mesh)
+    this.pipeline.set_state(position)
+    train_step = this.step()
+    lowered = train_step.lower(this.target, this.frozen, batch)
+    draw = _drawer(this, workdir)
+    validate = _validation(this) if config["validation"]["every"] else None
+    _check_best(config, lowered.out_info[1])
+    _claim(workdir, this)
 
     # --- state: fresh, or the newest intact checkpoint together with its place in the data
     saver = checkpoint.Checkpoints(workdir / "checkpoints", **{k: v for k, v in config["checkpoint"].items() if k != "every"})
+    cleanup.callback(saver.close)
     found = saver.restore(this.target)
+    window = {"rows": [], "done": 0, "since": 0.0, "waited": 0.0}
+    saved, values = None, {}
     if found is None:
         state, first = this.fresh(), 0
     else:
@@ -52,35 +73,32 @@ def run(config, workdir, stop: threading.Event | None = None) -> int:
         if extra["frozen"] != this.fingerprints():
             raise ConfigError(f"the frozen networks changed since {workdir} began: {extra['frozen']} -> {this.fingerprints()}")
         this.pipeline.set_state(extra["data"])
+        window["rows"], values, saved = extra["window"], extra["values"], first
     steps = config["steps"]
     if first >= steps:
-        saver.close()
-        restore_signals()
         if main:
             print(f"{workdir} is already at step {first} of {steps}")
         return first
 
     # --- compile once; a step of any other shape would raise instead of compiling again
-    batch = mesh_lib.place(next(this.pipeline), this.mesh)
-    train_step = this.step()
     compiling = time.time()
-    compiled = train_step.lower(state, this.frozen, batch).compile()
+    compiled = lowered.compile()
     compiling = time.time() - compiling
     say = log.Log(workdir, first, steps, config["log"]["tensorboard"], config["log"]["progress"])
+    cleanup.callback(say.close)
     facts = _facts(this, train_step, compiled, state, batch, first)
     if first == 0:
         say.say(card.write(workdir, facts))
     else:
         say.say(f"resumed {workdir} at step {first} of {steps}")
-    draw = _drawer(this, workdir)
-    validate = this.validate() if config["validation"]["every"] else None
     flops_per_step = facts["cost"]["flops_per_step"]
 
-    def save(step, values):
-        extra = {"data": this.pipeline.get_state(), "config": config, "frozen": this.fingerprints()}
+    def save(step):
+        rows = [{k: float(v) for k, v in row.items()} for row in window["rows"]]
+        extra = {"data": this.pipeline.get_state(), "config": config, "frozen": this.fingerprints(), "window": rows, "values": values}
         saver.save(step, state, extra, values)
 
-    def report(step, metrics, window):
+    def report(step, metrics):
         """Read the metrics of a finished step; NonFinite names what went wrong."""
         metrics = jax.device_get(metrics)
         finite = metrics.pop("finite")
@@ -93,64 +111,82 @@ def run(config, workdir, stop: threading.Event | None = None) -> int:
                     f"the state before it was kept, the last checkpoint is {max(saver.steps(), default=None)}"
                 )
         window["rows"].append(metrics)
+        window["done"] += 1
         if step % config["log"]["every"] and step != steps:
             return
-        values = {k: _mean([row[k] for row in window["rows"]]) for k in metrics}
+        row = {k: _mean([row[k] for row in window["rows"]]) for k in metrics}
+        values.update(row)
         elapsed = time.time() - window["since"]
-        done = len(window["rows"])
-        values |= {"steps_per_second": done / elapsed, "data_wait": window["waited"] / elapsed}
-        values |= {f"rate/{k}" if len(this.schedules) > 1 else "rate": float(s(step - 1)) for k, s in this.schedules.items()}
+        done = window["done"]
+        row |= {"steps_per_second": done / elapsed, "data_wait": window["waited"] / elapsed}
+        for role, schedule in this.schedules.items():
+            row[f"rate/{role}" if len(this.schedules) > 1 else "rate"] = float(schedule((step - 1) // this.every[role]))
         if peak := card.peak_flops():
-            values["mfu"] = flops_per_step * done / elapsed / (peak * jax.device_count())
-        say.write(step, values)
-        window.update(rows=[], since=time.time(), waited=0.0)
+            row["mfu"] = flops_per_step * done / elapsed / (peak * jax.device_count())
+        say.write(step, row)
+        window.update(rows=[], done=0, since=time.time(), waited=0.0)
 
-    # --- the loop
-    window = {"rows": [], "since": time.time(), "waited": 0.0}
-    pending, step, values = None, first, {}
-    try:
-        while step < steps and not stop.is_set():
-            state, metrics = compiled(state, this.frozen, batch)
-            step += 1
-            if pending:
-                report(*pending, window)
-                say.advance(pending[0], loss=_first_loss(pending[1]))
-            pending = step, metrics
-            due = {k: config[k]["every"] and (step % config[k]["every"] == 0 or step == steps) for k in ("checkpoint", "validation", "sample")}
-            due["checkpoint"] = due["checkpoint"] or step == steps or stop.is_set()
-            if any(due.values()):
-                report(*pending, window)
-                pending = None
+    # --- the loop: the batch is fetched while the device is busy with the step before
+    window["since"] = time.time()
+    pending, step = None, first
+    while step < steps and not _asked_to_stop(stop, step):
+        waiting = time.time()
+        batch = mesh_lib.place(next(this.pipeline), this.mesh)
+        window["waited"] += time.time() - waiting
+        state, metrics = compiled(state, this.frozen, batch)
+        step += 1
+        if pending:
+            report(*pending)
+            say.advance(pending[0], loss=_first_loss(pending[1]))
+        pending = step, metrics
+        every = {k: config[k]["every"] for k in ("checkpoint", "validation", "sample")}
+        due = {k: n > 0 and (step % n == 0 or step == steps) for k, n in every.items()}
+        kept = [k for k, (_, every) in this.snapshots.items() if step % every == 0 or step == steps]
+        if kept or any(due.values()):
+            report(*pending)
+            pending, pause = None, time.time()
+            for name in kept:
+                posthoc.save(workdir, name, step, this.snapshots[name][0], state.ema[name])
             if due["validation"]:
-                values = {"validation_loss": _validation(this, validate, state)}
-                say.write(step, values)
+                values["validation_loss"] = validate(state)
+                say.write(step, {"validation_loss": values["validation_loss"]})
             if due["sample"]:
                 draw(state, step)
                 if main:
                     pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
             if due["checkpoint"]:
-                save(step, values)
-            if due["validation"] or due["sample"] or due["checkpoint"]:
-                window["since"] += 0.0 if window["rows"] else time.time() - window["since"]
-            if step < steps and not stop.is_set():
-                waiting = time.time()
-                batch = mesh_lib.place(next(this.pipeline), this.mesh)
-                window["waited"] += time.time() - waiting
-        if pending:
-            report(*pending, window)
-        if step not in saver.steps():
-            save(step, values)
-        say.advance(step)
-        saver.wait()
-        if main:
-            pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
-        word = "stopped on request" if step < steps else "done"
-        say.say(f"{word} at step {step}: {workdir} ({time.time() - began:.0f} s, of which {compiling:.0f} s compiling)")
-    finally:
-        say.close()
-        saver.close()
-        restore_signals()
+                save(step)
+                saved = step
+            window["since"] += time.time() - pause
+    if pending:
+        report(*pending)
+    if step != saved:
+        save(step)
+    say.advance(step)
+    saver.wait()
+    if main:
+        pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
+    word = "stopped on request" if step < steps else "done"
+    say.say(f"{word} at step {step}: {workdir} ({time.time() - began:.0f} s, of which {compiling:.0f} s compiling)")
     return step
+
+
+def _asked_to_stop(stop, step) -> bool:
+    if jax.process_count() == 1:
+        return stop.is_set()
+    if step % AGREE_EVERY:
+        return False
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(stop.is_set())).any())
+
+
+def _check_best(config, metrics):
+    """ConfigError unless checkpoint.best names something that this run measures."""
+    valid = [k for k in metrics if k != "finite"] + ["validation_loss"] * bool(config["validation"]["every"])
+    best = config["checkpoint"]["best"]
+    if best and best not in valid:
+        raise ConfigError(f"checkpoint.best = {best!r} is not measured by this run; valid: {', '.join(valid)}")
 
 
 def _mean(values):
@@ -168,19 +204,31 @@ def _claim(workdir, this):
     file = workdir / "config.json"
     info = this.info(0, "run")
     if file.exists():
-        changed = settings.differences(json.loads(file.read_text())["config"], this.config)
+        before = json.loads(file.read_text())["config"]
+        changed = settings.differences(before, this.config)
         refused = [line for line in changed if not line.startswith(tuple(settings.MAY_CHANGE))]
+        if before["steps"] != this.config["steps"] and _rates(this, before["steps"]) != _rates(this, this.config["steps"]):
+            refused.append(f"steps: {before['steps']} -> {this.config['steps']} changes the learning rate's schedule")
         if refused:
             raise ConfigError(f"{workdir} belongs to a run with other settings; use a new workdir:\n  " + "\n  ".join(refused))
+    if jax.process_index():
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(info, indent=1, default=str))
     temporary.replace(file)
 
 
+def _rates(this, steps):
+    """Learning rates, at the same few steps whatever `steps`, that a run of so many steps has."""
+    sections = {k: (this.config["roles"].get(k) or {}).get("optimizer") or this.config["optimizer"] for k in this.trained}
+    schedules = [optim.schedule_of(section, -(-steps // this.every[k])) for k, section in sections.items()]
+    return [float(s(n)) for s in schedules for n in (1, 10, 100, 1000, 10_000, 100_000)]
+
+
 def _listen(stop):
     """SIGINT and SIGTERM set `stop` (a second SIGINT interrupts at once); returns the function that restores the handlers."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may
         return lambda: None
 
     def handle(signum, frame):
@@ -193,13 +241,19 @@ def _listen(stop):
     return lambda: [signal.signal(s, h) for s, h in before.items()]
 
 
-def _validation(this, validate, state):
+def _validation(this):
+    """validate(state): mean loss over the same held-out batches with the same noise and times every time."""
     section = this.config["validation"]
     stream = this.stream(section["split"], 0, shuffle=False)
-    losses = []
-    for i in range(section["batches"]):
-        losses.append(validate(state, this.frozen, mesh_lib.place(next(stream), this.mesh), i))
-    return float(np.mean(jax.device_get(losses)))
+    start, loss = stream.get_state(), this.validate()
+
+    def validate(state):
+        stream.set_state(start)
+        batches = (mesh_lib.place(next(stream), this.mesh) for _ in range(section["batches"]))
+        losses = [loss(state, this.frozen, batch, i) for i, batch in enumerate(batches)]
+        return float(np.mean(jax.device_get(losses)))
+
+    return validate
 
 
 def _drawer(this, workdir):
@@ -209,8 +263,8 @@ def _drawer(this, workdir):
     name = next((k for k, (_, of) in this.averages.items() if of == "net" and k not in this.objective.roles), None)
     weights = lambda state: state.params["net"] if name is None else state.ema[name]  # noqa: E731
     if role.module.kind == "autoencoder":
-        x = np.asarray(next(this.stream("test", 0, shuffle=False))["x"][:10])
-        fn = jax.jit(lambda params, x: role.net(params).decode(role.net(params).encode(x)[0]))
+        x = np.asarray(next(this.stream(this.config["validation"]["split"], 0, shuffle=False))["x"][:10])
+        fn = this.jit(lambda params, x: role.net(params).decode(role.net(params).encode(x)[0]))
 
         def draw(state, step):
             picture = np.concatenate([x, np.asarray(fn(weights(state), x))])
@@ -220,9 +274,11 @@ def _drawer(this, workdir):
         return draw
     codec = this.roles["vae"].net(this.loaded["vae"][0]) if "vae" in this.roles else None
     options = {k: section[k] for k in ("steps", "sampler", "grid", "guidance")}
-    sample = jax.jit(generate.make(role, this.example[0].shape[1:], codec=codec, **options))
+    sample = this.jit(generate.make(role, this.example[0].shape[1:], codec=codec, **options))
     count, classes = section["count"], this.pipeline.num_classes
     cond = {"label": generate.balanced_labels(count, classes)} if classes else {}
+    # Traced now, so that a bad sampler is refused before training, not at the first picture.
+    jax.eval_shape(sample, this.target.params["net"], section["seed"], np.arange(count), cond)
 
     def draw(state, step):
         x = generate.run(sample, weights(state), cond, count, seed=section["seed"])

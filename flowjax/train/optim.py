@@ -108,37 +108,67 @@ def name_of(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _rule(match: str, rate: float = None, decay: float = None):
+    """The parameters whose names `match` finds: multiplier of their learning rate, their weight decay; None leaves it as it is."""
+
+
 def per_parameter(params, rules: Sequence, decay: float, where: str):
     """(learning-rate multiplier, weight decay) per leaf: kernels decay, the last matching rule overrides.
 
-    rules: sequence of {"match": regex, "rate": multiplier, "decay": weight decay}; a regex that matches nothing is an error.
+    rules: sequence of sections of `_rule`; a regular expression that matches nothing is an error.
     """
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
     values = {n: [1.0, decay if n.endswith("kernel") else 0.0] for n in names}
     for i, rule in enumerate(rules):
-        unknown = set(rule) - {"match", "rate", "decay"}
-        if unknown or "match" not in rule:
-            raise ConfigError(f"{where}.rules[{i}] has keys {sorted(rule)}; valid: match (required), rate, decay")
-        hit = [n for n in names if re.search(rule["match"], n)]
+        rule = config.check(_rule, rule, f"{where}.rules[{i}]")
+        try:
+            hit = [n for n in names if re.search(rule["match"], n)]
+        except re.error as error:
+            raise ConfigError(f"{where}.rules[{i}].match = {rule['match']!r} is not a regular expression: {error}") from None
         if not hit:
             raise ConfigError(f"{where}.rules[{i}].match = {rule['match']!r} matches no parameter; parameters: {', '.join(names)}")
         for n in hit:
-            values[n] = [rule.get("rate", values[n][0]), rule.get("decay", values[n][1])]
+            values[n] = [old if rule.get(k) is None else rule[k] for k, old in zip(("rate", "decay"), values[n])]
     pick = lambda i: jax.tree.map_with_path(lambda path, _: values[name_of(path)][i], params)  # noqa: E731
     return pick(0), pick(1)
 
 
-def build(section, params, steps: int, where: str = "optimizer"):
+def _common(schedule, clip: float = 0.0, decay: float = 0.0, rules: Sequence = ()):
+    """Settings of every optimizer: a section of SCHEDULES; global norm to clip at (0 = off); weight decay (decoupled, times the
+    learning rate); per-parameter rules."""
+
+
+def _sections(section, where: str):
+    """(name, own settings, common settings) of an optimizer's section."""
+    name, settings = config.split(section, where)
+    common, own = config.arguments(_common), config.arguments(config.lookup(OPTIMIZERS, name, f"{where}.name"))
+    for key in settings:
+        if key not in common and key not in own:
+            raise ConfigError(f"{where}.{key} is unknown for {name}; valid: {', '.join([*common, *own])}")
+    shared = config.check(_common, {k: v for k, v in settings.items() if k in common}, where)
+    for key in ("clip", "decay"):
+        if shared.get(key, 0.0) < 0:
+            raise ConfigError(f"{where}.{key} = {shared[key]} should not be negative")
+    return name, {k: v for k, v in settings.items() if k in own}, {k: p.default for k, p in common.items()} | shared
+
+
+def schedule_of(section, steps: int, where: str = "optimizer") -> Callable:
+    """The learning rate as a function of the number of optimizer steps taken."""
+    *_, common = _sections(section, where)
+    return config.build(SCHEDULES, common["schedule"], f"{where}.schedule", steps=steps)
+
+
+def build(section, params, steps: int, where: str = "optimizer", every: int = 1):
     """(optax transformation, schedule) for parameters shaped like `params` (arrays or ShapeDtypeStructs).
 
-    Keys: name, schedule, clip (global norm, 0 = off), decay (weight decay, decoupled, times the learning rate), rules, and the
-    settings of the optimizer. A rate of 0 freezes a parameter and keeps no optimizer state for it.
+    Keys: name, the settings of the optimizer, and those of `_common`. A rule with rate 0 freezes a parameter and keeps no
+    optimizer state for it. A role that moves on every `every`-th of the run's `steps` gets a schedule over its own steps.
     """
-    name, settings = config.split(section, where)
-    schedule = config.build(SCHEDULES, settings.pop("schedule"), f"{where}.schedule", steps=steps)
-    clip, decay, rules = settings.pop("clip", 0.0), settings.pop("decay", 0.0), settings.pop("rules", ())
+    schedule = schedule_of(section, -(-steps // every), where)
+    name, settings, common = _sections(section, where)
     method = config.build(OPTIMIZERS, {"name": name, **settings}, where)
-    rates, decays = per_parameter(params, rules, decay, where)
+    clip = common["clip"]
+    rates, decays = per_parameter(params, common["rules"], common["decay"], where)
 
     def decouple(updates, state, params=None):
         return jax.tree.map(lambda u, p, d: u + d * p if d else u, updates, params, decays), state

@@ -35,7 +35,8 @@ def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pix
     """What experiments.evaluate measures (flowjax.evals), on how many samples, against which splits."""
 
 
-def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", optimizer=None, every: int = 0):
+def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", input_scaling=None,
+         optimizer=None, every: int = 0):
     """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace."""
 
 
@@ -63,6 +64,7 @@ def defaults() -> dict:
         "model": None,
         "path": {"name": "rectified"},
         "prediction": "velocity",
+        "input_scaling": "none",
         "objective": None,
         "optimizer": None,
         "ema": {},
@@ -90,6 +92,14 @@ def config_dict(**changes):
     return ConfigDict({k: v for k, v in values.items() if v is not None}, convert_dict=True, allow_dotted_keys=True)
 
 
+# Smallest sensible values of the integers.
+AT_LEAST = {
+    "steps": 1, "batch_size": 1, "accumulate": 1, "log.every": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0, "validation.every": 0, "validation.batches": 1, "sample.steps": 1, "sample.every": 0,
+    "sample.count": 1, "evaluate.count": 1, "evaluate.batch": 1,
+}  # fmt: skip
+
+
 def resolve(config) -> dict:
     """A plain nested dict with every key present; ConfigError on unknown, missing or mistyped ones."""
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -101,17 +111,33 @@ def resolve(config) -> dict:
     missing = [k for k in ("data", "model", "objective", "optimizer") if merged[k] is None]
     if missing:
         raise ConfigError(f"config lacks {', '.join(missing)}")
+    for name in ("ema", "roles", "rules", *SECTIONS):
+        if not isinstance(merged[name], Mapping):
+            raise ConfigError(f"config.{name} = {merged[name]!r} should be a section: {{key: value, ...}}")
     for name, fn in SECTIONS.items():
         merged[name] = {**known[name], **check(fn, merged[name], name)}
-    for name, section in merged["roles"].items():
-        merged["roles"][name] = {**{k: p.default for k, p in arguments(role).items()}, **check(role, section, f"roles.{name}")}
+    merged["roles"] = {name: _role(name, section) for name, section in merged["roles"].items()}
     for name, wanted in (("seed", int), ("steps", int), ("batch_size", int), ("accumulate", int), ("prediction", str)):
         if not isinstance(merged[name], wanted) or isinstance(merged[name], bool):
             raise ConfigError(f"config.{name} = {merged[name]!r} should be {wanted.__name__}")
-    for name in ("steps", "batch_size", "accumulate"):
-        if merged[name] < 1:
-            raise ConfigError(f"config.{name} = {merged[name]} should be at least 1")
+    for name, least in AT_LEAST.items():
+        *section, key = name.split(".")
+        value = (merged[section[0]] if section else merged)[key]
+        if value is None or value < least:
+            raise ConfigError(f"config.{name} = {value} should be at least {least}")
     return plain(merged)
+
+
+def _role(name: str, section) -> dict:
+    where = f"roles.{name}"
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"config.{where} = {section!r} should be a section: {{key: value, ...}}")
+    section = {**{k: p.default for k, p in arguments(role).items()}, **check(role, section, where)}
+    if section["every"] < 0:
+        raise ConfigError(f"config.{where}.every = {section['every']} should be at least 0")
+    if section["weights"] != "ema" and not section["checkpoint"]:
+        raise ConfigError(f"config.{where}.weights chooses among the weights of {where}.checkpoint, which is missing")
+    return section
 
 
 def plain(value):

@@ -32,6 +32,11 @@ class State:
     ema: dict[str, Tree]
 
 
+def step_key(seed: int, step):
+    """The key of one train step. Initialisation uses branch 0 of the seed, training branch 1."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
+
+
 def nets_of(objective: BoundObjective, roles: Mapping[str, Role], params, ema, frozen):
     """Role -> callable. "ema:<role>" roles take the average of their own name; extra frozen roles (vae) come along."""
     nets = {name: roles[name].net(p) for name, p in frozen.items()}
@@ -120,9 +125,12 @@ def make_step(
         return {**state.params, role: params}, {**state.opt, role: opt}, metrics, finite
 
     def body(state: State, frozen, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = step_key(seed, state.step)
         start = state
-        batch = prepare(objective, nets_of(objective, roles, state.params, state.ema, frozen), batch, key, state.step)
+        nets = nets_of(objective, roles, state.params, state.ema, frozen)
+        # Branch 0 is the rollout's, branch i + 1 player i's. A key that is folded must not also be used: fold_in(key, 1) is
+        # split(key)[1].
+        batch = prepare(objective, nets, batch, jax.random.fold_in(key, 0), state.step)
         metrics, finite = {}, {}
         for i, player in enumerate(objective.players):
             key_player = jax.random.fold_in(key, i + 1)
