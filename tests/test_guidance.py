@@ -438,3 +438,54 @@ def test_classifier_guidance_where_there_is_no_signal(path):
 
 def test_classifier_guidance_at_scale_zero_needs_no_classifier():
     np.testing.assert_array_equal(call(classifier(nets(), 0.0, None), IMAGES, 0.5), call(nets(), IMAGES, 0.5))
+
+
+# The guiders of diffusers 0.42.
+
+
+def _outputs():
+    rng = np.random.default_rng(7)
+    c, u = rng.standard_normal((2, 3, 4, 4, 5))
+
+    def apply(x_t, t, cond, key):
+        drop = cond["label"].reshape(-1, 1, 1, 1) == 1
+        # The doubled batch alternates condition and null, so the stored arrays are looked up by row.
+        row = cond["row"]
+        return jnp.where(drop, jnp.asarray(u)[row], jnp.asarray(c)[row])
+
+    null = lambda cond: {**cond, "label": jnp.ones_like(cond["label"])}
+    cond = {"label": jnp.zeros(3, jnp.int32), "row": jnp.arange(3)}
+    return c, u, Model(apply, RF, "x", null), cond
+
+
+@pytest.mark.oracle
+def test_diffusers_guiders():
+    torch, guiders = pytest.importorskip("torch"), pytest.importorskip("diffusers.guiders")
+    c, u, model, cond = _outputs()
+    x = jnp.zeros(c.shape)
+    theirs = {
+        "cfg": guiders.ClassifierFreeGuidance(guidance_scale=3.5),
+        "rescale": guiders.ClassifierFreeGuidance(guidance_scale=3.5, guidance_rescale=0.6),
+        "cfg_zero": guiders.ClassifierFreeZeroStarGuidance(guidance_scale=3.5, zero_init_steps=0),
+    }
+    ours = {"cfg": cfg(model, 3.5), "rescale": rescale(model, 3.5, 0.6), "cfg_zero": cfg_zero(model.replace(prediction="velocity"), 3.5)}
+    for name, guider in theirs.items():
+        guider.set_state(step=3, num_inference_steps=10, timestep=torch.tensor(500))
+        goal = guider.forward(torch.tensor(c), torch.tensor(u)).pred.numpy()
+        np.testing.assert_allclose(ours[name](x, 0.5, cond), goal, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.oracle
+def test_diffusers_projected_guidance_with_momentum():
+    """Two steps; use_original_formulation with w - 1 is the paper's base x_c."""
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    c, u, model, cond = _outputs()
+    settings = dict(eta=0.3, norm_threshold=2.0, use_original_formulation=True)
+    buffer = theirs.MomentumBuffer(-0.5)
+    memory = apg(model, 4.0, eta=0.3, norm=2.0, momentum=-0.5).memory
+    state = memory.init(jnp.zeros(c.shape))
+    for _ in range(2):
+        goal = theirs.normalized_guidance(torch.tensor(c), torch.tensor(u), 3.0, buffer, **settings).numpy()
+        out, state = memory.apply(jnp.zeros(c.shape), jnp.full(3, 0.5), cond, None, state)
+        np.testing.assert_allclose(out, goal, atol=1e-9)

@@ -408,3 +408,13 @@ def test_renoise_accepts_a_consistency_function():
     mean, variance = moments(steps, 0.0, 1.0)
     np.testing.assert_allclose(mean, [0.5 * 0.4, 0.5 * 0.7, 0.5], atol=1e-9)
     np.testing.assert_allclose(variance, [0.4**2 / 4 + 0.36, 0.7**2 / 4 + 0.09, 0.25], atol=1e-9)
+
+
+def test_published_defaults():
+    """NCSNv2: step_lr 6.2e-6 at sigma_L = .01, 5 updates. Score SDE: snr .16. EDM on ImageNet-64: S_churn 40."""
+    default = lambda name, setting: config.arguments(SAMPLERS[name])[setting].default
+    assert default("annealed_langevin", "step_size") == pytest.approx(6.2e-6 / 0.01**2)
+    assert default("annealed_langevin", "updates") == 5
+    assert default("predictor_corrector", "snr") == 0.16
+    assert default("predictor_corrector", "corrector_updates") == 1
+    assert default("churn", "churn") == 40.0
