@@ -72,6 +72,21 @@ def to_x_and_z(path: Path, name: str, y, x_t, t):
     return convert(path, name, "x", y, x_t, t), convert(path, name, "eps", y, x_t, t)
 
 
+def edm_input(path: Path, t, sigma_data: float = 0.5):
+    """EDM's c_in and c_noise (2206.00364 table 1) on any path: (1 / sqrt(a^2 sd^2 + b^2), log(b/a) / 4).
+
+    The network then sees x_t with unit variance, for data of standard deviation sd, and the log of the noise level as time. a and
+    b are floored at 1e-4 in the logarithm, beyond EDM's noise levels, to keep both ends of every path finite.
+    """
+    a, b = path.a(t), path.b(t)
+    log_sigma = jnp.log(jnp.maximum(b, 1e-4)) - jnp.log(jnp.maximum(a, 1e-4))
+    return 1.0 / jnp.sqrt((a * sigma_data) ** 2 + b**2), log_sigma / 4
+
+
+# name -> (path, t) -> (factor on x_t, time that the network is given)
+INPUT_SCALINGS: dict[str, Callable] = {"edm": edm_input}
+
+
 def gain(path: Path, name: str, t):
     """k = |a d - b c| / b: ||y_hat - y|| = k ||x_hat - x|| at the same x_t, for exactly converted predictions."""
     c, d = row(path, name, t)

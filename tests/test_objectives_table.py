@@ -3,6 +3,8 @@
 A new entry needs a case here: (expected loss as a function of parameters, the parameters that solve it, others that do not).
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,34 @@ def vae():
     return lambda theta: player.loss({"net": LinearAutoencoder(theta)}, batch, None)[0], optimum, optimum + CURVE
 
 
+class LogisticRegression:
+    """Logits (0, w x + b)."""
+
+    module = types.SimpleNamespace(time=False)
+
+    def __init__(self, theta):
+        self.theta = theta
+
+    def __call__(self, x, t=None):
+        return jnp.concatenate([jnp.zeros_like(x), self.theta[0] * x + self.theta[1]], axis=1)
+
+
+def classification():
+    """Classes N(-1/2, 1) and N(1/2, 1) in proportion 1 : 3 have the log odds x + log 3."""
+    x, weight = quadrature.normal(40)
+    batch = {"x": jnp.asarray(np.concatenate([x - 0.5, x + 0.5])[:, None]), "cond": {"label": jnp.repeat(jnp.arange(2), 40)}}
+    rule = jnp.asarray(np.concatenate([0.25 * weight, 0.75 * weight]))
+    player = objectives.build("classification").players[0]
+
+    def loss(theta):
+        nets = {"net": LogisticRegression(theta)}
+        return quadrature.expected(lambda b: player.loss(nets, b, None), batch, rule)
+
+    return loss, jnp.asarray([1.0, np.log(3)]), jnp.asarray([1.2, 0.8])
+
+
 CASES = {
+    "classification": classification,
     "flow_matching": flow_matching,
     "consistency_distillation": consistency_distillation,
     "consistency_training": consistency_training,

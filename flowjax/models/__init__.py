@@ -1,6 +1,6 @@
 """The networks, by name. A config's model section is {"name": ..., fields} or {"name": ..., "preset": ..., other fields}."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +11,7 @@ from flowjax.models.dit import DiT
 from flowjax.models.mlp import MLP
 from flowjax.models.unet import UNet
 from flowjax.models.vae import AutoencoderKL
-from flowjax.paths import Path
+from flowjax.paths import Path, expand
 from flowjax.predictions import Model
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -39,10 +39,16 @@ def build(section: Mapping[str, Any] | str, where: str = "model") -> nn.Module:
     return module(**check(module, settings, where, given=("parent", "name")))
 
 
-def denoiser(module: nn.Module, params, path: Path, prediction: str) -> Model:
-    """The network with these (unboxed) parameters as a `Model`; a key given at a call switches dropout on."""
+def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Callable | None = None) -> Model:
+    """The network with these (unboxed) parameters as a `Model`; a key given at a call switches dropout on.
+
+    scaling: what stands between x_t, t and the network's input, with its settings bound (predictions.INPUT_SCALINGS).
+    """
 
     def apply(x_t, t, cond, key):
+        if scaling is not None:
+            factor, t = scaling(path, t)
+            x_t = expand(factor, x_t) * x_t
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, x_t, t, cond or {}, train=key is not None, rngs=rngs)
 

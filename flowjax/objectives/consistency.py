@@ -1,7 +1,8 @@
 """Consistency distillation (CD) and consistency training (CT), 2303.01469 algorithms 2 and 3; iCT choices 2310.14189.
 
 Notation map: the paper's sigma is b/a; its boundary f(x, eps) = x holds here at t = 0 exactly, by construction, for every
-prediction whose conversion to x is the identity there (velocity, v, edm, eps; rectified flow: f = x_t - t F).
+prediction whose conversion to x is the identity there (velocity, v, edm, eps; rectified flow: f = x_t - t F). On the vp paths
+grids end at t_min, where f differs from x by b(t_min) F, about 1e-3 F.
 
     t, s = adjacent times of an N-step grid, s < t;  x_t = a x + b z
     CD: x_s = one ODE step of the frozen teacher from x_t         CT: x_s = a_s x + b_s z, the same x and z

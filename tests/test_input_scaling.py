@@ -1,0 +1,121 @@
+"""What stands between x_t and a network: unit variance and the log noise level, on every path."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flowjax import exact, models
+from flowjax.config import ConfigError
+from flowjax.paths import PATHS, edm, rectified
+from flowjax.predictions import INPUT_SCALINGS
+from flowjax.train.export import role_of
+from flowjax.train.roles import build_role
+from flowjax.train.settings import defaults
+
+MLP = {"name": "mlp", "width": 8, "depth": 1}
+
+
+def scaled(path, section="edm", prediction="edm", model=MLP):
+    return build_role(model, {"name": path}, prediction, "model", input_scaling=section)
+
+
+def seen_by_network(role, x_t, t):
+    """What the role's module is called with."""
+    seen = []
+    module = dataclasses.make_dataclass("Spy", [], namespace={
+        "apply": lambda self, variables, *inputs, **options: seen.extend(inputs) or inputs[0],
+        "null": None, "kind": "denoiser",
+    })()
+    dataclasses.replace(role, module=module).net({})(x_t, t)
+    return seen[0], seen[1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("section", "std"), [("edm", 0.5), ({"name": "edm", "sigma_data": 1.3}, 1.3)])
+def test_input_has_the_variance_of_one_at_every_time(path, section, std):
+    data, role = exact.gaussian([0.0], std**2), scaled(path, section)
+    x, z = data.sample(jax.random.key(0), 20_000), jax.random.normal(jax.random.key(1), (20_000, 1))
+    for t in (role.path.t_min, 0.01, 0.3, 1.0):
+        x_t = role.path.perturb(x, z, jnp.asarray(t))
+        inside, time = seen_by_network(role, x_t, t)
+        assert np.std(inside) == pytest.approx(1.0, abs=0.02)
+        assert time.shape == (20_000,) and np.isfinite(time).all()
+
+
+def test_time_is_edms_noise_conditioning():
+    """c_noise = log(sigma) / 4: -1.5537 at EDM's smallest level 0.002, 0 at 1, 1.0955 at 80."""
+    role = scaled("edm")
+    for sigma, c_noise in ((0.002, -1.553652), (1.0, 0.0), (80.0, 1.095507)):
+        _, time = seen_by_network(role, jnp.zeros((1, 2)), sigma / 80)
+        assert float(time[0]) == pytest.approx(c_noise, abs=1e-5)
+    # The same noise level is the same time, and the same input, on every path.
+    for path in PATHS:
+        role = scaled(path)
+        t = role.path.time_of_sigma(jnp.asarray(3.0))
+        inside, time = seen_by_network(role, role.path.a(t) * jnp.ones((1, 2)), t)
+        assert float(time[0]) == pytest.approx(np.log(3.0) / 4, abs=1e-4)
+        np.testing.assert_allclose(inside, 1 / np.sqrt(0.25 + 9.0), rtol=1e-4)
+
+
+def test_ends_of_a_path_are_finite_and_the_noise_levels_beyond_them_are_capped():
+    role = scaled("rectified")
+    times = [float(seen_by_network(role, jnp.ones((1, 1)), t)[1][0]) for t in (0.0, 1e-5, 1 - 1e-6, 1.0)]
+    np.testing.assert_allclose(times, np.log([1e-4, 1e-4, 1e4, 1e4]) / 4, atol=1e-4)
+    slope = jax.jvp(lambda t: INPUT_SCALINGS["edm"](rectified(), t), (jnp.asarray(1.0),), (jnp.asarray(1.0),))[1]
+    assert np.isfinite(slope).all()
+
+
+def test_default_leaves_the_input_alone():
+    assert defaults()["input_scaling"] == "none"
+    role = build_role(MLP, {"name": "edm"}, "velocity", "model")
+    x_t = jnp.full((2, 1), 40.0)
+    inside, time = seen_by_network(role, x_t, 0.5)
+    assert inside is x_t and (time == 0.5).all()
+
+
+def test_network_itself_is_unchanged_by_the_scaling():
+    """net(x_t, t) = module(c_in x_t, c_noise), with the output's meaning left to the prediction."""
+    role = scaled("edm")
+    x_t = jnp.asarray([[40.0, -80.0]])
+    params = role.init(jax.random.key(0), x_t, {})
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    from flax.core import meta
+
+    params = meta.unbox(params)
+    y = role.net(params)(x_t, 0.5)
+    want = role.module.apply({"params": params}, x_t / np.sqrt(0.25 + 1600), jnp.full(1, np.log(40.0) / 4), {})
+    np.testing.assert_allclose(y, want, rtol=1e-5)
+    np.testing.assert_allclose(role.net(params).get("edm", x_t, 0.5), y)
+
+
+def test_edm_prediction_and_scaling_are_edms_preconditioning():
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): with F = identity on its first input at sigma = sd = 0.5 all of the
+    coefficients are known: c_skip = 1/2, c_out = 0.5 / sqrt 2, c_in = sqrt 2."""
+    module = models.build(MLP)
+    net = models.denoiser(module, {}, edm(), "edm", lambda path, t: INPUT_SCALINGS["edm"](path, t))
+    identity = net.replace(apply=lambda x_t, t, cond, key: INPUT_SCALINGS["edm"](edm(), t)[0][:, None] * x_t)
+    np.testing.assert_allclose(identity.get("x", jnp.ones((1, 1)), 0.5 / 80), 0.5 + 0.5 / np.sqrt(2) * np.sqrt(2), rtol=1e-6)
+
+
+def test_exports_remember_the_scaling():
+    info = {"model": MLP, "path": {"name": "edm"}, "prediction": "edm", "input_scaling": {"name": "edm", "sigma_data": 0.7}}
+    inside, _ = seen_by_network(role_of(info, "teacher"), jnp.ones((1, 1)), 0.0)
+    np.testing.assert_allclose(inside, 1 / 0.7, rtol=1e-6)
+    del info["input_scaling"]
+    assert role_of(info, "teacher").scaling is None
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("karras", "input_scaling.name = 'karras' is unknown; valid: edm"),
+        ({"name": "edm", "sd": 0.5}, "input_scaling.sd is unknown; valid: sigma_data"),
+        ({"name": "edm", "t": 0.5}, "input_scaling.t is unknown; valid: sigma_data"),
+    ],
+)
+def test_bad_scalings_are_refused(section, words):
+    with pytest.raises(ConfigError, match=words):
+        scaled("edm", section)
