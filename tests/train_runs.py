@@ -4,11 +4,12 @@ import contextlib
 import io
 import json
 import threading
+from unittest import mock
 
 import jax
 import numpy as np
 
-from flowjax.train import log, loop, settings
+from flowjax.train import log, loop, pictures, settings
 
 
 def tiny(**changes):
@@ -46,7 +47,8 @@ class StopAt(threading.Event):
 def train(config, workdir, stop_at=None):
     """loop.run, silently; returns (last step, what it printed)."""
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    # Drawing curves takes a second; the smoke tests of the binaries look at them.
+    with contextlib.redirect_stdout(out), mock.patch.object(pictures, "curves"):
         step = loop.run(config, workdir, None if stop_at is None else StopAt(stop_at))
     return step, out.getvalue()
 

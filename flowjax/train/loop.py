@@ -11,7 +11,6 @@ import threading
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flowjax import generate
@@ -288,18 +287,23 @@ def _drawer(this, workdir):
     return draw
 
 
+def _times(this, state, batch, first):
+    """The times that the first steps draw, about 4096 of them, or None for objectives without."""
+    blank = {k: np.zeros((len(v), *this.example[0].shape[1:]), np.float32) for k, v in batch.items() if k in ("x", "win", "lose")}
+
+    def draw(state, frozen, batch, steps):
+        nets = step_lib.nets_of(this.objective, this.roles, state.params, state.ema, frozen)
+        rollout = lambda n: this.objective.rollout(nets, {**batch, "step": n}, step_lib.rollout_key(this.config["seed"], n))  # noqa: E731
+        return jax.lax.map(lambda n: rollout(n).get("t"), steps)
+
+    count = max(1, 4096 // this.config["batch_size"])
+    return jax.device_get(this.jit(draw)(state, this.frozen, {**batch, **blank}, first + np.arange(count, dtype=np.int32)))
+
+
 def _facts(this, train_step, compiled, state, batch, first):
     """The card's content."""
     config = this.config
-    key = jax.random.key(config["seed"])
-    live = step_lib.nets_of(this.objective, this.roles, state.params, state.ema, this.frozen)
-    drawn = []
-    blank = {k: jnp.zeros((config["batch_size"], *this.example[0].shape[1:]), jnp.float32) for k in ("x", "win", "lose") if k in batch}
-    for i in range(max(1, 4096 // config["batch_size"])):
-        out = this.objective.rollout(live, {**batch, **blank, "step": jnp.int32(first)}, jax.random.fold_in(key, i))
-        if "t" not in out:
-            break
-        drawn.append(np.asarray(out["t"]))
+    drawn = _times(this, state, batch, first)
     memory = compiled.memory_analysis()
     flops_per_step = flops.count(train_step, state, this.frozen, batch)
     dtypes = {str(v.dtype) for v in jax.tree.leaves(state.params)}
@@ -309,7 +313,7 @@ def _facts(this, train_step, compiled, state, batch, first):
         | {k: f"{card.size(v):,} frozen" for k, v in this.frozen.items()},
         "data": this.pipeline.manifest,
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},
-        "times": {"share of t in each tenth": card.histogram(np.concatenate(drawn))} if drawn else "none",
+        "times": {"share of t in each tenth": card.histogram(drawn)} if drawn is not None else "none",
         "learning rate at step": {k: card.schedule_points(s, config["steps"]) for k, s in this.schedules.items()},
         "averages": card.averages(this.averages, config["steps"]) or "none",
         "dtypes": {"parameters": sorted(dtypes), "compute": getattr(this.roles["net"].module, "dtype", "float32")},

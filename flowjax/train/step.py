@@ -37,6 +37,12 @@ def step_key(seed: int, step):
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
 
 
+def rollout_key(seed: int, step):
+    """Branch 0 of a step's key; branch i + 1 is player i's. A key that is folded must not also be used: fold_in(key, 1) is
+    split(key)[1]."""
+    return jax.random.fold_in(step_key(seed, step), 0)
+
+
 def nets_of(objective: BoundObjective, roles: Mapping[str, Role], params, ema, frozen):
     """Role -> callable. "ema:<role>" roles take the average of their own name; extra frozen roles (vae) come along."""
     nets = {name: roles[name].net(p) for name, p in frozen.items()}
@@ -128,9 +134,7 @@ def make_step(
         key = step_key(seed, state.step)
         start = state
         nets = nets_of(objective, roles, state.params, state.ema, frozen)
-        # Branch 0 is the rollout's, branch i + 1 player i's. A key that is folded must not also be used: fold_in(key, 1) is
-        # split(key)[1].
-        batch = prepare(objective, nets, batch, jax.random.fold_in(key, 0), state.step)
+        batch = prepare(objective, nets, batch, rollout_key(seed, state.step), state.step)
         metrics, finite = {}, {}
         for i, player in enumerate(objective.players):
             key_player = jax.random.fold_in(key, i + 1)
