@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     return config_dict(
         **base
         | {
-            "steps": 4 if smoke else 400,
+            "steps": 4 if smoke else 300,
             "data": {"name": "preferences", "path": "runs/pairs"},
             "objective": {"name": "diffusion_dpo", "beta": 200.0, "form": "velocity", "time": {"name": "uniform", "stratified": True}},
             "ema": {"ema": {"name": "constant", "decay": 0.98}},

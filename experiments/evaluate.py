@@ -42,11 +42,10 @@ def measure_autoencoder(role, params, info, section):
 
 def measure_samples(role, params, info, section, checkpoint):
     """(circumstances, results) of samples."""
-    from flowjax import generate
     from flowjax.data.pipeline import arrays
     from flowjax.evals import protocol
     from flowjax.evals.evaluate import evaluate
-    from flowjax.train import export
+    from flowjax.train import generator
 
     count = sampling.COUNT.value or section["count"]
     seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
@@ -57,8 +56,7 @@ def measure_samples(role, params, info, section, checkpoint):
         cond = sampling.asked(info, count)
         if not sampling.LABELS.value:
             cond = {"label": protocol.labels(count, info["num_classes"], rule, seed)}
-    sample = jax.jit(generate.make(role, tuple(info["shape"]), codec=export.codec_of(checkpoint, info), **chosen))
-    x = generate.run(sample, params, cond, count, seed=seed, batch=sampling.BATCH.value)
+    x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
 
     def real(split):
         part = arrays(info["config"]["data"], split)

@@ -6,7 +6,6 @@ Settings not given come from the run's config. Writes grid.png and samples.npz (
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -18,8 +17,7 @@ OUT = flags.DEFINE_string("out", "runs/samples", "Directory for grid.png and sam
 
 def main():
     runtime.setup()
-    from flowjax import generate
-    from flowjax.train import export, pictures
+    from flowjax.train import export, generator, pictures
 
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
@@ -27,9 +25,8 @@ def main():
     count = sampling.COUNT.value or section["count"]
     seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
     chosen = sampling.options(info)
-    sample = jax.jit(generate.make(role, tuple(info["shape"]), codec=export.codec_of(checkpoint, info), **chosen))
     cond = sampling.asked(info, count)
-    x = generate.run(sample, params, cond, count, seed=seed, batch=sampling.BATCH.value)
+    x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     told = {**chosen, "seed": seed, "checkpoint": checkpoint, "step": info["step"], "weights": info["weights"]}

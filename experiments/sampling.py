@@ -40,7 +40,9 @@ def guidance(text: str):
 
 def options(info: dict) -> dict:
     """Sampling settings: the run's, overridden by flags."""
-    chosen = {k: info["config"]["sample"][k] for k in ("steps", "sampler", "grid", "guidance")}
+    from flowjax.train import generator
+
+    chosen = generator.defaults(info)
     given = {
         "steps": STEPS.value,
         "sampler": section(SAMPLER.value, "sampler"),

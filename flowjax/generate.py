@@ -12,24 +12,23 @@ from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
 
 
-def make(role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, bad=None):
+def make(role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, besides=None):
     """sample(params, seed, indices (B,), cond) -> (B, ...) data, to be jitted.
 
     shape: of one (latent) example. sampler, grid, guidance: config sections ("none" for no guidance). codec: Latents of a
-    frozen autoencoder, which decodes the result. bad: Model for autoguidance.
+    frozen autoencoder, which decodes the result. besides: what the guidance takes besides the model ({"bad": Model}, ...).
     """
     if role.module.kind != "denoiser":
         raise ConfigError(f"a network of kind {role.module.kind!r} cannot be sampled; only denoisers can")
     if steps < 1:
         raise ConfigError(f"sample.steps = {steps} should be at least 1")
-    supplied = {} if bad is None else {"bad": bad}
     path = role.path
     at = times.grid(steps, path, prediction=role.prediction, **keywords(grid))
 
     def sample(params, seed, indices, cond):
         model = role.net(params)
         if guidance != "none":
-            model = build(GUIDANCE, guidance, "sample.guidance", model=model, **supplied)
+            model = build(GUIDANCE, guidance, "sample.guidance", model=model, **(besides or {}))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         start, walk = jax.vmap(lambda k: jax.random.split(k), out_axes=1)(keys)
         x = samplers.noise(path, start, (len(indices), *shape), at[0])

@@ -72,7 +72,7 @@ def check_workdir(workdir):
 
 
 def test_every_config_is_tested_here():
-    mine = {"mix4", "digits", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
+    mine = {"mix4", "digits", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -100,6 +100,19 @@ def test_digits(shell, digits):
         (shell.home / "away").rename(digits)
     a, b = (np.load(shell.home / k / "samples.npz")["x"] for k in "ab")
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_digits_classifier_guides(shell, digits):
+    shell("experiments.train", f"--config={ROOT}/configs/digits_classifier.py:smoke", "--workdir=judge")
+    assert [row for row in rows(shell.home / "judge") if "accuracy" in row]
+    section = "{'name': 'classifier', 'scale': 2.0, 'checkpoint': 'judge'}"
+    common = (f"--checkpoint={digits}", "--count=6", "--steps=2")
+    shell("experiments.sample", *common, "--out=by_judge", f"--guidance={section}")
+    shell("experiments.sample", *common, "--out=by_none", "--guidance=none")
+    shell("experiments.sample", *common, "--out=by_bad", f"--guidance={section.replace('classifier', 'autoguidance').replace('judge', 'digits')}")
+    judge, none, bad = (np.load(shell.home / f"by_{k}" / "samples.npz")["x"] for k in ("judge", "none", "bad"))
+    assert np.abs(judge - none).max() > 1e-4
+    np.testing.assert_allclose(bad, none, atol=1e-5)  # guided away from itself: nothing changes
 
 
 def test_digits_consistency(shell, digits):

@@ -4,7 +4,6 @@ For each prompt (class) `--candidates` samples are drawn; the one of highest and
 Prompts whose candidates all score the same are left out: there is nothing to prefer.
 """
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -27,11 +26,10 @@ def choose(x, scores):
 
 def main():
     runtime.setup()
-    from flowjax import generate
     from flowjax.config import ConfigError
     from flowjax.data.sources import write_preferences
     from flowjax.evals import image, rewards
-    from flowjax.train import export
+    from flowjax.train import export, generator
 
     if sampling.COUNT.value:
         raise ConfigError("--count means nothing here; use --pairs and --candidates")
@@ -40,8 +38,7 @@ def main():
     seed = max(0, sampling.SEED.value)
     cond = {name: np.repeat(v, k, axis=0) for name, v in sampling.asked(info, PAIRS.value).items()}
     chosen = sampling.options(info)
-    sample = jax.jit(generate.make(role, tuple(info["shape"]), codec=export.codec_of(checkpoint, info), **chosen))
-    x = image.quantise(generate.run(sample, params, cond, PAIRS.value * k, seed=seed, batch=sampling.BATCH.value))
+    x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, PAIRS.value * k, seed, sampling.BATCH.value))
     labels = cond.get("label")
     scores = rewards.reward(REWARD.value, x, labels)
     win, lose, kept = choose(x.reshape(PAIRS.value, k, *x.shape[1:]), scores.reshape(PAIRS.value, k))

@@ -6,7 +6,6 @@ each one's samples that an independent judge assigns to the asked class.
 
 import json
 
-import jax
 from absl import flags
 
 from experiments import sampling, shell
@@ -19,10 +18,9 @@ DATA = flags.DEFINE_string("judge_data", "", "Workdir or export whose training d
 
 def main():
     runtime.setup()
-    from flowjax import generate
     from flowjax.data.pipeline import arrays
     from flowjax.evals import agreement, image, rewards
-    from flowjax.train import export
+    from flowjax.train import export, generator
 
     seed, count = max(0, sampling.SEED.value), sampling.COUNT.value or 1000
     out, scores = {}, {}
@@ -30,8 +28,7 @@ def main():
     for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
         role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
         chosen, cond = sampling.options(info), sampling.asked(info, count)
-        sample = jax.jit(generate.make(role, tuple(info["shape"]), codec=export.codec_of(checkpoint, info), **chosen))
-        x = image.quantise(generate.run(sample, params, cond, count, seed=seed, batch=sampling.BATCH.value))
+        x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))
         out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": chosen}
         if cond:

@@ -16,7 +16,7 @@ ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "dpmpp_2m": 2}
 
 
 def training(seeds):
-    """Prediction and time law at 1,000 steps."""
+    """Prediction and time law at 600 steps."""
     uniform = {"time": {"name": "uniform", "stratified": True}}
     variants = {
         "velocity, uniform t": {},
@@ -28,7 +28,7 @@ def training(seeds):
         slug = name.replace(", ", "-").replace(" ", "_").replace("(", "").replace(")", "")
         plain, guided = [], []
         for seed in seeds:
-            settings = common.config("digits", seed=seed, steps=1000, **({"objective": uniform} | change))
+            settings = common.config("digits", seed=seed, steps=600, **({"objective": uniform} | change))
             settings["sample"]["every"] = 0
             workdir = common.train(f"ablations/{slug}/{seed}", settings)
             plain.append(common.measure(workdir, seed=seed, **digits.UNGUIDED))
@@ -38,7 +38,7 @@ def training(seeds):
             common.spread([100 * r["agreement"]["agreement"] for r in plain]),
             common.spread([common.frechet(r)["distance"] for r in guided]),
         ])  # fmt: skip
-    head = ["1,000 training steps", "FD-pixels, Heun 25", "class agreement %", "FD-pixels, Heun 5"]
+    head = ["600 training steps", "FD-pixels, Heun 25", "class agreement %", "FD-pixels, Heun 5"]
     return common.table("training", head, rows)
 
 

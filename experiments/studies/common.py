@@ -6,7 +6,6 @@ import importlib
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -35,29 +34,17 @@ def train(name: str, settings: dict) -> pathlib.Path:
     return workdir
 
 
-@functools.lru_cache(maxsize=8)
-def _loaded(workdir, weights):
-    from flowjax.train import export
+@functools.lru_cache(maxsize=16)
+def _generator(workdir, weights, steps, sampler, guidance):
+    from flowjax.train import generator
 
-    role, params, info = export.load(workdir, weights)
-    return role, params, info, export.codec_of(workdir, info)
-
-
-@functools.lru_cache(maxsize=64)
-def _sampler(workdir, weights, steps, sampler, guidance):
-    from flowjax import generate
-
-    role, _, info, codec = _loaded(workdir, weights)
     section = "none" if guidance is None else {"name": "cfg", "scale": guidance}
-    return jax.jit(generate.make(role, tuple(info["shape"]), codec=codec, steps=steps, sampler=sampler, guidance=section))
+    return generator.load(workdir, weights, {"steps": steps, "sampler": sampler, "guidance": section})
 
 
 def samples(workdir, labels, *, weights="ema", steps=25, sampler="heun", guidance=None, seed=0):
     """(N, H, W, C) samples for labels (N,); guidance is a scale of classifier-free guidance or None."""
-    from flowjax import generate
-
-    _, params, _, _ = _loaded(workdir, weights)
-    return generate.run(_sampler(workdir, weights, steps, sampler, guidance), params, {"label": labels}, len(labels), seed=seed)
+    return _generator(workdir, weights, steps, sampler, guidance)({"label": labels}, len(labels), seed)
 
 
 @functools.lru_cache(maxsize=2)

@@ -53,7 +53,7 @@ def main():
     # --- consistency distillation
     students = [
         common.train(f"digits_cd/{s}", common.config(
-            "digits_cd", seed=s, steps=1500, roles={r: {"checkpoint": str(w)} for r in ("teacher", "net")}
+            "digits_cd", seed=s, roles={r: {"checkpoint": str(w)} for r in ("teacher", "net")}
         ))
         for s, w in zip(seeds, teachers)
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def main():
             common.spread([common.frechet(r)["distance"] for r in results]),
         ])  # fmt: skip
     head = ["sampler", "class agreement %", "FD-pixels"]
-    text += ["", "## Consistency distillation (guidance 2 baked in), 1,500 steps", "", common.table("digits_cd", head, rows)]
+    text += ["", "## Consistency distillation (guidance 2 baked in), 800 steps", "", common.table("digits_cd", head, rows)]
 
     # --- preference
     from flowjax.data.sources import write_preferences
@@ -98,7 +98,7 @@ def main():
     rows = [[common.spread(rates), common.spread(drops), *(common.spread(v) for v in zip(*inks))]]
     head = ["win rate % over the reference", "class agreement, change in points", "ink before", "ink after"]
     text += [
-        "", "## Diffusion-DPO: prefer more ink, best against worst of 4 samples, 1,000 pairs, 400 steps", "",
+        "", "## Diffusion-DPO: prefer more ink, best against worst of 4 samples, 1,000 pairs, 300 steps", "",
         "Fresh noise and labels, the same for both; no guidance.", "", common.table("digits_dpo", head, rows),
     ]  # fmt: skip
     common.page("digits", "\n".join(text))

@@ -85,8 +85,10 @@ def _fit(net: Classifier, images: np.ndarray, labels: np.ndarray, steps: int, ba
     objective = objectives.build({"name": "classification", "shift": 1})
     step = jax.jit(make_step(objective, {"net": role}, {"net": transform}, {}, seed=seed), donate_argnums=0)
     state = State(jnp.zeros((), jnp.int32), {"net": params}, {"net": transform.init(params)}, {})
-    for _ in range(steps):
-        index = rng.integers(0, len(x), batch)
+    epochs = -(-steps * batch // len(x))
+    order = np.concatenate([rng.permutation(len(x)) for _ in range(epochs)])
+    for i in range(steps):
+        index = order[i * batch : (i + 1) * batch]
         state, _ = step(state, {}, {"x": x[index], "cond": {"label": labels[index].astype(np.int32)}})
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state.params["net"])]
 

@@ -1,0 +1,69 @@
+"""A network from an export or a workdir, ready to sample: what every binary, tool and study that samples goes through."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax import generate
+from flowjax.config import ConfigError
+from flowjax.train import export
+
+
+class Generator(NamedTuple):
+    """Call it for samples; `info` describes the network (flowjax.train.export)."""
+
+    sample: Any
+    params: Any
+    info: dict
+
+    def __call__(self, cond: dict, count: int, seed: int = 0, batch: int = 250) -> np.ndarray:
+        """(count, ...) samples for cond, one row a sample: {"label": (count,)} or {}."""
+        return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch)
+
+
+def second_network(guidance, shape):
+    """(guidance section without its checkpoint, the callable that the guidance takes besides the model).
+
+    A section of `autoguidance` or `classifier` guidance names a second network by `checkpoint` (and `weights`): the worse
+    denoiser, or a classifier of noisy images.
+    """
+    if not isinstance(guidance, dict) or "checkpoint" not in guidance:
+        return guidance, {}
+    section = dict(guidance)
+    source, weights = section.pop("checkpoint"), section.pop("weights", "ema")
+    role, params, info = export.load(source, weights, where="sample.guidance")
+    if tuple(info["shape"]) != tuple(shape):
+        raise ConfigError(f"sample.guidance: {source} works on {tuple(info['shape'])}, the guided network on {tuple(shape)}")
+    net = role.net(params)
+    if role.module.kind == "denoiser":
+        return section, {"bad": net}
+    if role.module.kind != "classifier" or not role.module.time:
+        raise ConfigError(f"sample.guidance: {source} is neither a denoiser nor a classifier of noisy images (model.time = True)")
+
+    def log_prob(x_t, t, cond):
+        return jnp.take_along_axis(jax.nn.log_softmax(net(x_t, t=t)), cond["label"][:, None], axis=1)[:, 0]
+
+    return section, {"log_prob": log_prob}
+
+
+def load(source, weights: str = "ema", settings: dict | None = None) -> Generator:
+    """The Generator of a checkpoint. settings: steps, sampler, grid, guidance; those not given are the run's own."""
+    role, params, info = export.load(source, weights)
+    return build(role, params, info, source, settings)
+
+
+def build(role, params, info, source, settings: dict | None = None) -> Generator:
+    """`load` for a network that is loaded already."""
+    chosen = defaults(info) | (settings or {})
+    guidance, besides = second_network(chosen.pop("guidance"), info["shape"])
+    codec = export.codec_of(source, info)
+    return Generator(
+        jax.jit(generate.make(role, tuple(info["shape"]), guidance=guidance, codec=codec, besides=besides, **chosen)), params, info
+    )
+
+
+def defaults(info) -> dict:
+    """The sampling settings of the run that trained the network."""
+    return {k: info["config"]["sample"][k] for k in ("steps", "sampler", "grid", "guidance")}
