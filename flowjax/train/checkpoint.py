@@ -88,12 +88,14 @@ class Checkpoints:
         """(state, extra, step) of the newest intact checkpoint, or of `step`; None when there is none.
 
         target: State of ShapeDtypeStructs with the shardings wanted now, whatever they were when saved. A damaged checkpoint is
-        logged by name and the one before it tried; a state of another shape is an error.
+        logged by name and the one before it tried; if that is intact, the damaged one is moved to <directory>-damaged, because
+        orbax saves no step that is not later than all that it sees. A state of another shape is an error.
         """
         available = self.steps()
         if step is not None and step not in available:
             raise ConfigError(f"no checkpoint of step {step} in {self.directory}; there are {available}")
         candidates = [step] if step is not None else available[::-1]
+        damaged = []
         for candidate in candidates:
             try:
                 extra = _opened(self._load(candidate, {"extra": None})["extra"])
@@ -103,14 +105,32 @@ class Checkpoints:
                 broken = [k for k, v in found.items() if v != extra["fingerprints"][k]]
                 if broken:
                     raise OSError(f"values changed on disk in {', '.join(broken[:4])}")
+                self._set_aside(damaged)
                 return state, extra, candidate
             except ConfigError:
                 raise
             except Exception as error:  # orbax raises many types for damaged files
                 log.error("checkpoint %s is damaged (%s)", self.directory / str(candidate), _reason(error))
+                damaged.append(candidate)
         if candidates:
             raise ConfigError(f"every checkpoint in {self.directory} is damaged: {candidates}")
         return None
+
+    def _set_aside(self, steps):
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            place = self.directory.parent / f"{self.directory.name}-damaged"
+            place.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                if (place / str(step)).exists():
+                    (place / str(step)).rmtree()
+                (self.directory / str(step)).rename(place / str(step))
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._writer.reload()
 
     def _load(self, step, wanted):
         return self._writer.load_checkpointables(step, wanted)

@@ -42,7 +42,10 @@ def info_of(path) -> dict:
     file = path / "config.json"
     if not file.exists():
         raise ConfigError(f"{path} is neither an export nor a workdir: it has no config.json")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is damaged ({error})") from None
 
 
 def role_of(info: dict, where: str):

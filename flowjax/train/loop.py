@@ -16,7 +16,7 @@ import numpy as np
 from flowjax import generate
 from flowjax.config import ConfigError
 from flowjax.models import flops
-from flowjax.train import card, checkpoint, log, optim, pictures, posthoc, settings
+from flowjax.train import card, checkpoint, generator, log, optim, pictures, posthoc, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run
@@ -54,7 +54,8 @@ def _run(this, config, workdir, stop, main, began, cleanup):
     this.pipeline.set_state(position)
     train_step = this.step()
     lowered = train_step.lower(this.target, this.frozen, batch)
-    draw = _drawer(this, workdir)
+    draws = this.roles["net"].module.kind in ("denoiser", "autoencoder")
+    draw = _drawer(this, workdir) if draws or config["sample"]["every"] else None
     validate = _validation(this) if config["validation"]["every"] else None
     _check_best(config, lowered.out_info[1])
     _claim(workdir, this)
@@ -271,8 +272,11 @@ def _drawer(this, workdir):
                 pictures.grid(picture, workdir / "samples" / f"{step:07d}.png", columns=len(x))
 
         return draw
+    if role.module.kind != "denoiser":
+        raise ConfigError(f"sample.every = {section['every']}: a network of kind {role.module.kind!r} draws nothing; set it to 0")
     codec = this.roles["vae"].net(this.loaded["vae"][0]) if "vae" in this.roles else None
-    options = {k: section[k] for k in ("steps", "sampler", "grid", "guidance")}
+    options = {k: section[k] for k in ("steps", "sampler", "grid")}
+    options["guidance"], options["besides"] = generator.second_network(section["guidance"], this.example[0].shape[1:])
     sample = this.jit(generate.make(role, this.example[0].shape[1:], codec=codec, **options))
     count, classes = section["count"], this.pipeline.num_classes
     cond = {"label": generate.balanced_labels(count, classes)} if classes else {}
