@@ -113,12 +113,14 @@ def test_guided_gaussians():
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_cfg_is_the_same_in_every_prediction(prediction):
     goal = cfg(gaussians(), 3.0).get("velocity", jnp.asarray(X), 0.6, labels(3))
-    np.testing.assert_allclose(cfg(gaussians(RF, prediction), 3.0).get("velocity", jnp.asarray(X), 0.6, labels(3)), goal, rtol=1e-10)
+    found = cfg(gaussians(RF, prediction), 3.0).get("velocity", jnp.asarray(X), 0.6, labels(3))
+    np.testing.assert_allclose(found, goal, rtol=1e-10)
 
 
 def test_cfg_ends_of_the_scale_take_one_call_and_are_exact():
     model, rows = counting(nets())
-    conditional, unconditional = call(nets(), IMAGES, 0.3), nets()(jnp.asarray(IMAGES), 0.3, {"label": jnp.ones(3, jnp.int32)})
+    conditional = call(nets(), IMAGES, 0.3)
+    unconditional = nets()(jnp.asarray(IMAGES), 0.3, {"label": jnp.ones(3, jnp.int32)})
     np.testing.assert_array_equal(call(cfg(model, 1.0), IMAGES, 0.3), conditional)
     np.testing.assert_array_equal(call(cfg(model, 0.0), IMAGES, 0.3), unconditional)
     jax.effects_barrier()
@@ -292,8 +294,8 @@ POINT = np.asarray([[0.3, -0.4]])
 
 
 def test_projection():
-    for eta, step in ((0.0, (-1.6, 0.8)), (1.0, (-1.0, 2.0)), (0.5, (-1.3, 1.4))):
-        out = call(apg(constants(C, U, "x"), 3.0, eta=eta), POINT, 0.5)
+    for settings, step in (({}, (-1.6, 0.8)), ({"eta": 1.0}, (-1.0, 2.0)), ({"eta": 0.5}, (-1.3, 1.4))):
+        out = call(apg(constants(C, U, "x"), 3.0, **settings), POINT, 0.5)
         np.testing.assert_allclose(out, np.asarray([C]) + 2 * np.asarray(step), atol=1e-12)
 
 
@@ -468,7 +470,11 @@ def test_diffusers_guiders():
         "rescale": guiders.ClassifierFreeGuidance(guidance_scale=3.5, guidance_rescale=0.6),
         "cfg_zero": guiders.ClassifierFreeZeroStarGuidance(guidance_scale=3.5, zero_init_steps=0),
     }
-    ours = {"cfg": cfg(model, 3.5), "rescale": rescale(model, 3.5, 0.6), "cfg_zero": cfg_zero(model.replace(prediction="velocity"), 3.5)}
+    ours = {
+        "cfg": cfg(model, 3.5),
+        "rescale": rescale(model, 3.5, 0.6),
+        "cfg_zero": cfg_zero(model.replace(prediction="velocity"), 3.5),
+    }
     for name, guider in theirs.items():
         guider.set_state(step=3, num_inference_steps=10, timestep=torch.tensor(500))
         goal = guider.forward(torch.tensor(c), torch.tensor(u)).pred.numpy()
