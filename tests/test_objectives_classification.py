@@ -40,9 +40,10 @@ def test_equal_logits_give_log_of_the_number_of_classes():
 def test_loss_is_minus_the_log_probability_of_the_label():
     """Logits log(1, 2, 5): probabilities 1/8, 2/8, 5/8; smoothing 0.3 spreads 0.1 over each class."""
     net = Net(np.log([1.0, 2.0, 5.0]))
-    value, metrics = loss(net, [0, 2])
+    value, metrics = loss(net, [2, 0])
     assert float(value) == pytest.approx((np.log(8) + np.log(8 / 5)) / 2, rel=1e-6)
     assert float(metrics["accuracy"]) == 0.5
+    assert [float(loss(net, [k])[1]["accuracy"]) for k in range(3)] == [0, 0, 1]
     value, _ = loss(net, [2], smoothing=0.3)
     assert float(value) == pytest.approx(0.8 * np.log(8 / 5) + 0.1 * np.log(4) + 0.1 * np.log(8), rel=1e-6)
 

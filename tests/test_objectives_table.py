@@ -210,6 +210,14 @@ def test_settings_named_by_two_players_reach_both():
     bound = bind(objective, {"shared": 2, "own": 0.5})
     assert [p.loss(None, None, None)[0] for p in bound.players] == [2.5, 20]
     assert [p.every for p in bound.players] == [1, 5]
+
+    def rollout(nets, batch, key, *, shared: int):
+        return {**batch, "shared": shared}
+
+    bound = bind(objective._replace(rollout=rollout), {"shared": 2, "own": 0.5})
+    assert bound.rollout(None, {"x": 1}, None) == {"x": 1, "shared": 2}
+    assert [p.loss(None, None, None)[0] for p in bound.players] == [2.5, 20]
+    bound = bind(objective, {"shared": 2})
     assert bound.rollout(None, {"x": 1}, None) == {"x": 1}  # an objective without rollout leaves the batch alone
 
 
