@@ -16,7 +16,7 @@ def get_config(arg: str = "data/mnist"):
         data={"name": "array_record", "path": path, "pad": 32},
         model={
             "name": "dit", "patch": 2, "width": 32 if smoke else 128, "depth": 2 if smoke else 6, "heads": 2 if smoke else 4,
-            "num_classes": 10,
+            "num_classes": 10, "scan": False,
         },
         objective={"name": "flow_matching", "time": {"name": "logit_normal", "stratified": True}, "label_drop": 0.1},
         optimizer={"name": "adamw", "schedule": {"name": "cosine", "rate": 1e-3, "warmup": 2 if smoke else 100}, "clip": 1.0},

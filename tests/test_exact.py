@@ -9,13 +9,9 @@ from flowjax import exact, paths, predictions
 from flowjax.paths import PATHS
 from flowjax.predictions import PREDICTIONS
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RECTIFIED = paths.rectified()
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(params=PATHS)

@@ -14,15 +14,11 @@ from flowjax.paths import PATHS, edm, rectified
 from flowjax.predictions import PREDICTIONS, Model
 from flowjax.samplers import sample
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RF = rectified()
 KEY = jax.random.key(0)
 COND, UNCOND = exact.gaussian([1.0], 0.25), exact.gaussian([0.0], 1.0)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
 
 
 def model_of(conditional, unconditional, path=RF, prediction="velocity"):

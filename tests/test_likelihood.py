@@ -13,15 +13,11 @@ from flowjax.paths import PATHS, rectified, trigonometric
 from flowjax.predictions import Model
 from flowjax.samplers.likelihood import bits_per_dim, exact_divergence, hutchinson_divergence, log_likelihood
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RF = rectified()
 KEY = jax.random.key(0)
 TIMES = np.linspace(0.0, 1.0, 101)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("path", ["rectified", "trigonometric"])

@@ -13,16 +13,12 @@ from flowjax.paths import PATHS, rectified
 from flowjax.predictions import Model
 from flowjax.times import draw, interval
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RF = rectified()
 LINE = exact.mixture([0.5, 0.5], [-1.0, 1.0], [0.3, 0.3])
 KEY = jax.random.key(0)
 T = jnp.linspace(0.1, 0.9, 16)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
 
 
 def pairs(n=16, dim=2):

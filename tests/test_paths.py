@@ -6,13 +6,9 @@ import pytest
 from flowjax import paths
 from flowjax.paths import PATHS
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 INSIDE = np.linspace(0.03, 0.97, 13)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(params=PATHS)

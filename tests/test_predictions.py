@@ -9,13 +9,9 @@ from flowjax import paths, predictions
 from flowjax.paths import PATHS
 from flowjax.predictions import PREDICTIONS, Model
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TIMES = np.array([0.02, 0.11, 0.37, 0.5, 0.76, 0.97])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(params=PATHS)

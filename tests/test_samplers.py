@@ -15,6 +15,8 @@ from flowjax.predictions import Memory, Model
 from flowjax.samplers import SAMPLERS, nfe, noise, sample
 from flowjax.times import grid
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RF = rectified()
 KEY = jax.random.key(0)
 # Order in the step size on a smooth non-Gaussian problem; None: not a solver of the ODE.
@@ -35,12 +37,6 @@ ORDERS = {
     "adaptive": None,
 }
 SOLVERS = [name for name, order in ORDERS.items() if order]
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
 
 
 def factor(sampler, variance, times, path=RF):

@@ -18,14 +18,10 @@ from flowjax.samplers import SAMPLERS, noise, sample
 from flowjax.samplers.sde import DIFFUSIONS, transition
 from flowjax.times import grid
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RF = rectified()
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(autouse=True)
-def double_precision():
-    with jax.enable_x64(True):
-        yield
 
 
 def affine(sampler, model, times, draw=lambda key: key):

@@ -9,13 +9,9 @@ from flowjax.paths import PATHS
 from flowjax.predictions import PREDICTIONS
 from flowjax.weights import WEIGHTS, loss_weight
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 T = np.array([0.02, 0.25, 0.5, 0.8, 0.97])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture(params=PATHS)

@@ -82,7 +82,7 @@ def _fit(net: Classifier, images: np.ndarray, labels: np.ndarray, steps: int, ba
     params = nn.meta.unbox(jax.jit(lambda key: role.init(key, x[:1], {}))(jax.random.key(seed)))
     section = {"name": "adamw", "schedule": {"name": "cosine", "rate": 2e-3}}
     transform, _ = optim.build(section, params, steps)
-    objective = objectives.build({"name": "classification", "shift": 1})
+    objective = objectives.build({"name": "classification", "shift": 1, "smoothing": 0.1})
     step = jax.jit(make_step(objective, {"net": role}, {"net": transform}, {}, seed=seed), donate_argnums=0)
     state = State(jnp.zeros((), jnp.int32), {"net": params}, {"net": transform.init(params)}, {})
     epochs = -(-steps * batch // len(x))
