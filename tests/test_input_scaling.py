@@ -1,19 +1,22 @@
 """What stands between x_t and a network: unit variance and the log noise level, on every path."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
-from flowjax import exact, models
+from flowjax import exact, models, objectives
 from flowjax.config import ConfigError
 from flowjax.paths import PATHS, edm, rectified
-from flowjax.predictions import INPUT_SCALINGS
+from flowjax.predictions import edm_input
+from flowjax.train.assembly import build_roles
 from flowjax.train.export import role_of
 from flowjax.train.roles import build_role
-from flowjax.train.settings import defaults
+from flowjax.train.settings import config_dict, defaults, resolve
 
 MLP = {"name": "mlp", "width": 8, "depth": 1}
 
@@ -25,10 +28,8 @@ def scaled(path, section="edm", prediction="edm", model=MLP):
 def seen_by_network(role, x_t, t):
     """What the role's module is called with."""
     seen = []
-    module = dataclasses.make_dataclass("Spy", [], namespace={
-        "apply": lambda self, variables, *inputs, **options: seen.extend(inputs) or inputs[0],
-        "null": None, "kind": "denoiser",
-    })()
+    apply = lambda variables, *inputs, **options: seen.extend(inputs) or inputs[0]  # noqa: E731
+    module = types.SimpleNamespace(apply=apply, null=None, kind="denoiser")
     dataclasses.replace(role, module=module).net({})(x_t, t)
     return seen[0], seen[1]
 
@@ -64,7 +65,7 @@ def test_ends_of_a_path_are_finite_and_the_noise_levels_beyond_them_are_capped()
     role = scaled("rectified")
     times = [float(seen_by_network(role, jnp.ones((1, 1)), t)[1][0]) for t in (0.0, 1e-5, 1 - 1e-6, 1.0)]
     np.testing.assert_allclose(times, np.log([1e-4, 1e-4, 1e4, 1e4]) / 4, atol=1e-4)
-    slope = jax.jvp(lambda t: INPUT_SCALINGS["edm"](rectified(), t), (jnp.asarray(1.0),), (jnp.asarray(1.0),))[1]
+    slope = jax.jvp(lambda t: edm_input(rectified(), t), (jnp.asarray(1.0),), (jnp.asarray(1.0),))[1]
     assert np.isfinite(slope).all()
 
 
@@ -80,11 +81,7 @@ def test_network_itself_is_unchanged_by_the_scaling():
     """net(x_t, t) = module(c_in x_t, c_noise), with the output's meaning left to the prediction."""
     role = scaled("edm")
     x_t = jnp.asarray([[40.0, -80.0]])
-    params = role.init(jax.random.key(0), x_t, {})
-    params = jax.tree.map(lambda p: p + 0.1, params)
-    from flax.core import meta
-
-    params = meta.unbox(params)
+    params = jax.tree.map(lambda p: p + 0.1, meta.unbox(role.init(jax.random.key(0), x_t, {})))
     y = role.net(params)(x_t, 0.5)
     want = role.module.apply({"params": params}, x_t / np.sqrt(0.25 + 1600), jnp.full(1, np.log(40.0) / 4), {})
     np.testing.assert_allclose(y, want, rtol=1e-5)
@@ -92,12 +89,10 @@ def test_network_itself_is_unchanged_by_the_scaling():
 
 
 def test_edm_prediction_and_scaling_are_edms_preconditioning():
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise): with F = identity on its first input at sigma = sd = 0.5 all of the
-    coefficients are known: c_skip = 1/2, c_out = 0.5 / sqrt 2, c_in = sqrt 2."""
-    module = models.build(MLP)
-    net = models.denoiser(module, {}, edm(), "edm", lambda path, t: INPUT_SCALINGS["edm"](path, t))
-    identity = net.replace(apply=lambda x_t, t, cond, key: INPUT_SCALINGS["edm"](edm(), t)[0][:, None] * x_t)
-    np.testing.assert_allclose(identity.get("x", jnp.ones((1, 1)), 0.5 / 80), 0.5 + 0.5 / np.sqrt(2) * np.sqrt(2), rtol=1e-6)
+    """D = c_skip x + c_out F(c_in x; c_noise), at sigma = sd = 0.5: c_skip = 1/2, c_out = 0.5 / sqrt 2, c_in = sqrt 2."""
+    module = types.SimpleNamespace(apply=lambda variables, x, t, cond, **options: x, null=None)  # F returns its first input
+    net = models.denoiser(module, {}, edm(), "edm", edm_input)
+    np.testing.assert_allclose(net.get("x", jnp.ones((1, 1)), 0.5 / 80), 0.5 + 0.5 / np.sqrt(2) * np.sqrt(2), rtol=1e-6)
 
 
 def test_exports_remember_the_scaling():
@@ -106,6 +101,17 @@ def test_exports_remember_the_scaling():
     np.testing.assert_allclose(inside, 1 / 0.7, rtol=1e-6)
     del info["input_scaling"]
     assert role_of(info, "teacher").scaling is None
+
+
+def test_the_configs_key_reaches_the_trained_network():
+    def net(**changes):
+        config = resolve(config_dict(data={"name": "mix4"}, model=MLP, path={"name": "edm"}, prediction="edm", objective="flow_matching",
+                                     optimizer={"name": "adamw"}, **changes))  # fmt: skip
+        return build_roles(config, objectives.build("flow_matching"))[0]["net"]
+
+    assert net().scaling is None
+    inside, _ = seen_by_network(net(input_scaling={"name": "edm", "sigma_data": 0.7}), jnp.ones((1, 1)), 0.0)
+    np.testing.assert_allclose(inside, 1 / 0.7, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
