@@ -35,7 +35,8 @@ def main():
         count = info["data"].get("count") or LATENT_EXAMPLES.value
         batch = min(250, count)
         stream = pipeline(info["config"]["data"], batch, 0, shuffle=True)
-        latents = export.measure_latents(role, params, (next(stream)["x"] for _ in range(min(count, LATENT_EXAMPLES.value) // batch)))
+        count = min(count, LATENT_EXAMPLES.value) // batch
+        latents = export.measure_latents(role, params, (next(stream)["x"] for _ in range(count)))
     info = export.export(WORKDIR.value, out, WEIGHTS.value, step, latents, POSTHOC_STD.value)
     print(f"step {info['step']} ({info['weights']}): {out}")
     return 0

@@ -16,7 +16,7 @@ STEPS = flags.DEFINE_integer("steps", 0, "Sampler steps; 0: as in the run's conf
 SAMPLER = flags.DEFINE_string("sampler", "", 'Name, or a section such as "{\'name\': \'ddim\', \'eta\': 1.0}".')
 GRID = flags.DEFINE_string("grid", "", "Step grid: name or section.")
 GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale of classifier-free guidance, "none", or a section.')
-BATCH = flags.DEFINE_integer("batch", 250, "Samples per call; does not change them.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
 SAMPLING = ("labels", "steps", "sampler", "grid", "guidance", "count", "seed")
 
 

@@ -18,8 +18,9 @@ class Generator(NamedTuple):
     params: Any
     info: dict
 
-    def __call__(self, cond: dict, count: int, seed: int = 0, batch: int = 250) -> np.ndarray:
-        """(count, ...) samples for cond, one row a sample: {"label": (count,)} or {}."""
+    def __call__(self, cond: dict, count: int, seed: int = 0, batch: int = 0) -> np.ndarray:
+        """(count, ...) samples for cond, one row a sample: {"label": (count,)} or {}; batch 0 is the run's evaluate.batch."""
+        batch = batch or self.info["config"]["evaluate"]["batch"]
         return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch)
 
 

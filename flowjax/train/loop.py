@@ -204,7 +204,8 @@ def _claim(workdir, this):
     file = workdir / "config.json"
     info = this.info(0, "run")
     if file.exists():
-        before = json.loads(file.read_text())["config"]
+        # Resolved anew, so that a setting which a later version added counts as its default.
+        before = settings.resolve(json.loads(file.read_text())["config"])
         changed = settings.differences(before, this.config)
         refused = [line for line in changed if not line.startswith(tuple(settings.MAY_CHANGE))]
         if before["steps"] != this.config["steps"] and _rates(this, before["steps"]) != _rates(this, this.config["steps"]):
