@@ -322,6 +322,10 @@ def test_ct_schedule_follows_the_paper():
         points = np.ceil(np.sqrt(k / 800_000 * (151**2 - 4) + 4) - 1) + 1
         assert counts[stage(jnp.asarray(k))] == points - 1
     assert [counts[stage(k)] for k in (0, 800_000, 10**6)] == [1, 150, 150]
+    counts, stage = consistency.interval_counts("ct", 3, 20, 10)
+    # sqrt(k/10 (21^2 - 4^2) + 4^2) - 1 = 3, 6.65, 9.05, 18.96, 20
+    assert [counts[stage(k)] for k in (0, 1, 2, 9, 10)] == [3, 7, 10, 19, 20]
+    assert consistency.interval_counts("ct", 3, 3, 1)[0] == [3]
     t, s, _ = pairs(step=5, n=2000, steps=1, schedule="ct", steps_max=5, total_steps=10)
     # sqrt(0.5 (36 - 4) + 4) - 1 = 3.47, hence 4 intervals.
     counts_on(np.arange(5) / 4, t, s)

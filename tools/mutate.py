@@ -77,16 +77,17 @@ class Mutation(NamedTuple):
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.new + source[self.stop :]
 
+    def mutated_line(self, source: bytes) -> str:
+        return self.apply(source).split(b"\n")[source.count(b"\n", 0, self.start)].strip().decode()
+
     def describe(self, source: bytes) -> str:
-        """file:line  old -> new   in the old line"""
-        line = source.count(b"\n", 0, self.start)
-        old, text = source[self.start : self.stop], source.split(b"\n")[line].strip()
-        return f"{self.path}:{line + 1}  {old.decode()} -> {self.new.decode() or '(nothing)'}   in   {text.decode()}"
+        """file:line  old -> new   the new line."""
+        line, old = source.count(b"\n", 0, self.start) + 1, source[self.start : self.stop]
+        return f"{self.path}:{line}  {old.decode()} -> {self.new.decode() or '(nothing)'}   {self.mutated_line(source)}"
 
     def key(self, source: bytes) -> str:
         """What the allow-list calls it: the file and the mutated line, which survives edits elsewhere in the file."""
-        text = self.apply(source).split(b"\n")[source.count(b"\n", 0, self.start)]
-        return f"{self.path}: {text.strip().decode()}"
+        return f"{self.path}: {self.mutated_line(source)}"
 
 
 class Finder(ast.NodeVisitor):
