@@ -160,7 +160,7 @@ def distillation_loss(nets, batch, key, *, solver: str = "heun", guidance="none"
     if guidance != "none":
         teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
     x_t = net.path.perturb(batch["x"], batch["z"], batch["t"])
-    x_s = jax.lax.stop_gradient(ode_step(teacher.bind(batch["cond"]), x_t, batch["t"], batch["s"], solver))
+    x_s = ode_step(teacher.bind(batch["cond"]), x_t, batch["t"], batch["s"], solver)  # its gradient stops at the goal in _loss
     return _loss(nets, batch, key, x_s, metric, huber, weighting)
 
 
