@@ -1,9 +1,8 @@
 """What every binary does around its work: refuse stray words, turn a ConfigError into one plain message."""
 
-import re
 import sys
 
-from absl import app, flags
+from absl import app
 
 from flowjax.config import ConfigError
 
@@ -25,22 +24,11 @@ def run(main):
 
 
 def _parse(argv):
-    """Parse flags; an override of something that the config does not have is one plain line instead of a traceback."""
+    """absl's parser, with one plain line for --config.a.b=... where the config has no section a."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        print(f"error: {_unknown(argv) or error}", file=sys.stderr)
+    except (AttributeError, KeyError, TypeError) as error:
+        inside = str(error.args[0]).splitlines()[0].strip("'\"") if error.args else ""
+        hint = "a --config.section.key flag needs that section in the config; a whole one is given as --config.section=\"{'key': ...}\""
+        print(f"error: {hint} ({inside})", file=sys.stderr)
         sys.exit(2)
-
-
-def _unknown(argv):
-    """What is wrong with the first --config.a.b in argv that names nothing, or None."""
-    for arg in argv:
-        path = re.match(r"--(?:no)?config\.([\w.]+)", arg)
-        node = flags.FLAGS["config"].value if path else None
-        for key in path[1].split(".") if path else ():
-            if not hasattr(node, "keys") or key not in node:
-                have = f"valid here: {', '.join(node.keys())}" if hasattr(node, "keys") else "its parent is not a section"
-                return f"--config.{path[1]}: the config has no {key!r}; {have}. Settings that a config leaves at their defaults are set in its file"
-            node = node[key]
-    return None

@@ -12,7 +12,8 @@ from ml_collections import config_flags
 from experiments import shell
 from flowjax.train import runtime
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+# Unlocked: a setting that the config leaves at its default can be given too. flowjax checks every key, and says what is valid.
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", 'Several processes: host:port of process 0, or "auto".')
 PROCESSES = flags.DEFINE_integer("processes", 0, "Several processes: how many.")

@@ -122,6 +122,14 @@ def _check_shift(s: float, where: str):
         raise ConfigError(f"{where}.shift = {s} should be positive")
 
 
+def _check_keys(table, name: str, settings, where: str, given: tuple[str, ...], common: tuple[str, ...]):
+    """ConfigError that lists all valid settings, those of the entry and those of every entry, where one is neither."""
+    own = config.arguments(config.lookup(table, name, f"{where}.name"), given)
+    for key in settings:
+        if key not in own:
+            raise ConfigError(f"{where}.{key} is unknown for {name}; valid: {', '.join([*own, *common])}")
+
+
 def draw(
     key,
     n: int,
@@ -175,6 +183,7 @@ def cdf(
 def _quantile(path, name, shift, t_min, t_max, prediction, law):
     """u in (0, 1) -> t, increasing; ConfigError on bad settings."""
     _check_shift(shift, "times")
+    _check_keys(LAWS, name, law, "times", ("u", "path", "bounds"), ("shift", "stratified", "t_min", "t_max"))
     low, high = _bounds(*interval(path, prediction), t_min, t_max, "t_min, t_max")
 
     def quantile(u):
@@ -251,6 +260,7 @@ def grid(
         raise ConfigError(f"steps = {n} should be at least 1")
     _check_shift(shift, "grid")
     low, high = _bounds(path.t_min, interval(path, prediction)[1], t_end, t_start, "t_end, t_start")
+    _check_keys(GRIDS, name, settings, "grid", ("n", "path", "bounds"), ("shift", "t_start", "t_end"))
     unit = config.build(GRIDS, {"name": name, **settings}, "grid", n=n, path=path, bounds=(low, high))
     times = low + (high - low) * _shift(unit, shift)
     times[0], times[-1] = high, low  # not one rounding beside them

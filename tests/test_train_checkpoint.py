@@ -38,7 +38,7 @@ def originals(tmp_path_factory):
     directory = tmp_path_factory.mktemp("originals") / "checkpoints"
     saver = checkpoint.Checkpoints(directory, keep=3)
     for n in (1, 2, 3):
-        saver.save(n, state(n)[0], {"data": {"next_index": n}})
+        saver.save(n, state(n)[0], {"data": {"next_index": n}}, {"loss": n})
     saver.close()
     return directory
 
@@ -81,6 +81,9 @@ DAMAGE = {
     "missing metadata": lambda d: (d / "state" / "_METADATA").unlink(),
     "missing state": lambda d: shutil.rmtree(d / "state"),
     "missing description": lambda d: shutil.rmtree(d / "extra"),
+    "emptied metrics": lambda d: os.truncate(d / "metrics" / "metrics", 0),
+    "emptied metadata": lambda d: os.truncate(d / "_CHECKPOINT_METADATA", 0),
+    "everything emptied": lambda d: [os.truncate(f, 0) for f in d.rglob("*") if f.is_file()],
     "truncated description": lambda d: os.truncate(largest(d / "extra"), 20),
 }
 
@@ -116,6 +119,14 @@ def test_all_damaged_is_a_plain_error(directory):
         restore(directory)
     with pytest.raises(ConfigError, match="no readable checkpoint with params/net"):
         checkpoint.load_part(directory, "params/net", state(0)[1].params["net"])
+
+
+def test_nothing_is_moved_when_all_are_unreadable(directory):
+    for n in (1, 2, 3):
+        os.truncate(directory / str(n) / "metrics" / "metrics", 0)
+    for _ in range(2):  # the second attempt must not begin afresh
+        with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged: \[1, 2, 3\]"):
+            restore(directory)
 
 
 def test_a_damaged_step_can_be_saved_again(directory):

@@ -52,4 +52,5 @@ def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Ca
         rngs = None if key is None else {"dropout": key}
         return module.apply({"params": params}, x_t, t, cond or {}, train=key is not None, rngs=rngs)
 
-    return Model(apply, path, prediction, module.null)
+    # Without classes there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
+    return Model(apply, path, prediction, module.null if getattr(module, "num_classes", 1) else None)

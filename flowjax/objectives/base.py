@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flowjax.config import ConfigError
+
 # Arguments that the train step supplies; every other argument of a loss or rollout is a setting.
 GIVEN = ("nets", "batch", "key")
 
@@ -33,10 +35,12 @@ def mean_dims(x):
 
 def drop_condition(net, cond, key, rate: float):
     """Replace each example's whole condition by the null condition with probability `rate` (2207.12598)."""
-    if rate == 0.0 or not cond:
+    if rate == 0.0:
         return cond
     if net.null is None:
-        raise ValueError("objective.label_drop > 0 needs a network with a null condition (model.num_classes > 0)")
+        raise ConfigError("objective.label_drop > 0 needs a network with a null condition (model.num_classes > 0)")
+    if not cond:
+        return cond
     null = net.null(cond)
     drop = jax.random.bernoulli(key, rate, (next(iter(cond.values())).shape[0],))
     return {k: jnp.where(drop.reshape((-1,) + (1,) * (v.ndim - 1)), null[k], v) for k, v in cond.items()}

@@ -28,7 +28,7 @@ def build_roles(config, objective, where="config"):
         section = config["roles"].get(name)
         if kind.startswith("ema:"):
             if name not in config["ema"]:
-                raise ConfigError(f"objective {config['objective']['name']!r} needs an average ema.{name} of {kind.removeprefix('ema:')}")
+                raise ConfigError(f"objective {config['objective']!r} needs an average ema.{name} of {kind.removeprefix('ema:')}")
         elif kind == "frozen":
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")

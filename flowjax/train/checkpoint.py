@@ -64,7 +64,8 @@ class Checkpoints:
             score = lambda m: -m.get(best, worst) if m else -worst  # noqa: E731
             keepers.append(policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
         self.directory = _absolute(directory)
-        self._ocp = ocp
+        self._writer = None
+        self._sweep()
         self._writer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -116,6 +117,16 @@ class Checkpoints:
             raise ConfigError(f"every checkpoint in {self.directory} is damaged: {candidates}")
         return None
 
+    def _sweep(self):
+        """Set aside steps whose small files orbax could not read when it opens the directory, which would stop it for good."""
+        found = [p for p in self.directory.iterdir() if p.name.isdigit()] if self.directory.exists() else []
+        unreadable = [p for p in found if not all(_is_json(p / name) for name in ("metrics/metrics", "_CHECKPOINT_METADATA"))]
+        for place in unreadable:
+            log.error("checkpoint %s is damaged (its metrics or metadata cannot be read)", place)
+        if found and len(unreadable) == len(found):
+            raise ConfigError(f"every checkpoint in {self.directory} is damaged: {sorted(int(p.name) for p in found)}")
+        self._set_aside([int(p.name) for p in unreadable])
+
     def _set_aside(self, steps):
         if not steps:
             return
@@ -130,7 +141,8 @@ class Checkpoints:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self._writer.reload()
+        if self._writer is not None:
+            self._writer.reload()
 
     def _load(self, step, wanted):
         return self._writer.load_checkpointables(step, wanted)
@@ -142,6 +154,16 @@ class Checkpoints:
     def close(self):
         """Finish writing and release the directory."""
         self._writer.close()
+
+
+def _is_json(file) -> bool:
+    try:
+        json.loads(file.read_text())
+    except FileNotFoundError:
+        return True
+    except ValueError:  # not JSON, or not even text
+        return False
+    return True
 
 
 def as_dict(state):

@@ -208,7 +208,8 @@ def _claim(workdir, this):
         before = settings.resolve(json.loads(file.read_text())["config"])
         changed = settings.differences(before, this.config)
         refused = [line for line in changed if not line.startswith(tuple(settings.MAY_CHANGE))]
-        if before["steps"] != this.config["steps"] and _rates(this, before["steps"]) != _rates(this, this.config["steps"]):
+        both = before["steps"], this.config["steps"]
+        if _rates(this, both[0], min(both)) != _rates(this, both[1], min(both)):
             refused.append(f"steps: {before['steps']} -> {this.config['steps']} changes the learning rate's schedule")
         if refused:
             raise ConfigError(f"{workdir} belongs to a run with other settings; use a new workdir:\n  " + "\n  ".join(refused))
@@ -220,11 +221,11 @@ def _claim(workdir, this):
     temporary.replace(file)
 
 
-def _rates(this, steps):
-    """Learning rates, at the same few steps whatever `steps`, that a run of so many steps has."""
+def _rates(this, steps, until):
+    """Learning rates, up to step `until`, of a run of so many steps."""
     sections = {k: (this.config["roles"].get(k) or {}).get("optimizer") or this.config["optimizer"] for k in this.trained}
     schedules = [optim.schedule_of(section, -(-steps // this.every[k])) for k, section in sections.items()]
-    return [float(s(n)) for s in schedules for n in (1, 10, 100, 1000, 10_000, 100_000)]
+    return [np.asarray(s(np.linspace(0, until, 64, dtype=np.float32))).tolist() for s in schedules]
 
 
 def _listen(stop):
