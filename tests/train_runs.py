@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import pathlib
 import threading
 from unittest import mock
 
@@ -10,6 +12,9 @@ import jax
 import numpy as np
 
 from flowjax.train import log, loop, pictures, settings
+
+# Digits are prepared once, beside the compile cache.
+os.environ.setdefault("FLOWJAX_DATA", str(pathlib.Path(__file__).resolve().parent.parent / ".cache" / "data"))
 
 
 def tiny(**changes):
