@@ -18,7 +18,7 @@ def get_config(arg: str = ""):
     return config_dict(
         **base
         | {
-            "steps": 4 if smoke else 800,
+            "steps": 4 if smoke else 500,
             "objective": {
                 "name": "consistency_distillation", "steps": 18, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03,
                 "guidance": {"name": "cfg", "scale": 2.0},

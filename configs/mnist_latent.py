@@ -11,7 +11,7 @@ def get_config(arg: str = "data/mnist"):
     """arg: directory of the prepared data, "smoke:" before it for a few steps of a tiny network."""
     smoke, path = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     return config_dict(
-        steps=4 if smoke else 3000,
+        steps=4 if smoke else 2000,
         batch_size=8 if smoke else 128,
         data={"name": "array_record", "path": path, "pad": 32},
         model={

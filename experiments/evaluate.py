@@ -7,7 +7,6 @@ autoencoder: PSNR and SSIM of the held-out split's reconstructions.
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -20,22 +19,17 @@ METRICS = flags.DEFINE_list("metrics", [], "Metrics instead of the run's config.
 FEATURES = flags.DEFINE_list("features", [], "Feature networks instead of the run's config.")
 
 
-def reconstructions(role, params, x, batch: int):
-    """Posterior-mean reconstructions of x (N, H, W, C)."""
-    fn = jax.jit(lambda p, x: role.net(p).decode(role.net(p).encode(x)[0]))
-    return np.concatenate([np.asarray(fn(params, x[i : i + batch])) for i in range(0, len(x), batch)])
-
-
 def measure_autoencoder(role, params, info, section):
     """(circumstances, results) of an autoencoder on the held-out split."""
     from flowjax.data.pipeline import arrays
     from flowjax.evals import image
+    from flowjax.train import generator
 
     given = [k for k in (*sampling.SAMPLING, "metrics", "features") if flags.FLAGS[k].present]
     if given:
         raise ConfigError(f"--{given[0]} means nothing for an autoencoder: its held-out reconstructions are measured")
     x = arrays(info["config"]["data"], section["test_split"])["x"]
-    results = {"reconstruction": image.reconstruction(reconstructions(role, params, x, section["batch"]), x)}
+    results = {"reconstruction": image.reconstruction(generator.reconstructions(role, params, x, section["batch"]), x)}
     about = {"samples": len(x), "features": [], "reference": {section["test_split"]: {"count": len(x)}}}
     return {"sampler": "reconstruction", "steps": 0, "guidance": None, "label_rule": None, "seed": 0, **about}, results
 

@@ -68,7 +68,7 @@ def main():
             common.spread([common.frechet(r)["distance"] for r in results]),
         ])  # fmt: skip
     head = ["sampler", "class agreement %", "FD-pixels"]
-    text += ["", "## Consistency distillation (guidance 2 baked in), 800 steps", "", common.table("digits_cd", head, rows)]
+    text += ["", "## Consistency distillation (guidance 2 baked in), 500 steps", "", common.table("digits_cd", head, rows)]
 
     # --- preference
     from flowjax.data.sources import write_preferences

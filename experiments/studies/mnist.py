@@ -5,7 +5,6 @@
 
 from absl import flags
 
-from experiments import evaluate as evaluation
 from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
@@ -17,7 +16,7 @@ def main():
     runtime.setup()
     from flowjax.data.pipeline import arrays
     from flowjax.evals import image
-    from flowjax.train import export
+    from flowjax.train import export, generator
 
     workdir = common.train("mnist_vae", common.config("mnist_vae", DATA.value, seed=0))
     out = workdir / "export"
@@ -29,7 +28,7 @@ def main():
         export.export(workdir, out, latents=export.measure_latents(role, params, (next(stream)["x"] for _ in range(80))))
     role, params, info = export.load(out)
     held_out = arrays(info["config"]["data"], "test", limit=2000)["x"]
-    quality = image.reconstruction(evaluation.reconstructions(role, params, held_out, 250), held_out)
+    quality = image.reconstruction(generator.reconstructions(role, params, held_out, 250), held_out)
 
     rows = []
     for name, guidance in (("guidance 2", 2.0), ("no guidance", None)):

@@ -68,3 +68,9 @@ def build(role, params, info, source, settings: dict | None = None) -> Generator
 def defaults(info) -> dict:
     """The sampling settings of the run that trained the network."""
     return {k: info["config"]["sample"][k] for k in ("steps", "sampler", "grid", "guidance")}
+
+
+def reconstructions(role, params, x, batch: int):
+    """Posterior-mean reconstructions of x (N, H, W, C) by an autoencoder."""
+    fn = jax.jit(lambda p, x: role.net(p).decode(role.net(p).encode(x)[0]))
+    return np.concatenate([np.asarray(fn(params, x[i : i + batch])) for i in range(0, len(x), batch)])
