@@ -13,7 +13,7 @@ def get_config(arg: str = "data/mnist"):
     """arg: directory of the prepared data, "smoke:" before it for a few steps of a tiny network."""
     smoke, path = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     return config_dict(
-        steps=4 if smoke else 1500,
+        steps=4 if smoke else 600,
         batch_size=8 if smoke else 64,
         data={"name": "array_record", "path": path, "pad": 32},
         model={
@@ -23,8 +23,8 @@ def get_config(arg: str = "data/mnist"):
         objective={"name": "vae", "reconstruction": "l1", "kl_weight": 1e-2},
         optimizer={"name": "adamw", "schedule": {"name": "cosine", "rate": 2e-3, "warmup": 1 if smoke else 50}, "clip": 1.0},
         ema={"ema": {"name": "warmup", "decay": 0.99}},
-        sample={"every": 4 if smoke else 500},
-        checkpoint={"every": 2 if smoke else 500},
-        validation={"every": 4 if smoke else 500, "batches": 2},
+        sample={"every": 4 if smoke else 300},
+        checkpoint={"every": 2 if smoke else 300},
+        validation={"every": 4 if smoke else 300, "batches": 2},
         log={"every": 1 if smoke else 50},
     )
