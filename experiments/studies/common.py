@@ -55,7 +55,7 @@ def _real(data: str):
     return {k: {"x": p["x"], "label": p["cond"]["label"]} for k, p in (("train", part("train")), ("test", part("test")))}
 
 
-def measure(workdir, *, count=1000, metrics=("frechet", "agreement"), features=("pixels",), data=None, seed=0, **options) -> dict:
+def measure(workdir, *, count=1000, metrics=("frechet", "agreement", "memorisation"), features=("pixels",), data=None, seed=0, **options) -> dict:
     """Evaluation results of `count` balanced samples, stored under <workdir>/study and read back the next time."""
     from flowjax.evals import protocol
     from flowjax.evals.evaluate import evaluate

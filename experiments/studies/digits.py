@@ -29,8 +29,8 @@ def main():
     teachers = [teacher(s) for s in seeds]
 
     # --- the teacher
-    guided = [common.measure(w, seed=s, metrics=("frechet", "agreement", "memorisation"), **GUIDED) for s, w in zip(seeds, teachers)]
-    plain = [common.measure(w, seed=s, metrics=("frechet", "agreement", "memorisation"), **UNGUIDED) for s, w in zip(seeds, teachers)]
+    guided = [common.measure(w, seed=s, **GUIDED) for s, w in zip(seeds, teachers)]
+    plain = [common.measure(w, seed=s, **UNGUIDED) for s, w in zip(seeds, teachers)]
     rows = []
     for name, results in (("guidance 2", guided), ("no guidance", plain)):
         near = [next(iter(r["memorisation"].values())) for r in results]

@@ -36,7 +36,7 @@ def main():
         for seed in range(common.SEEDS.value):
             settings = common.config("mnist_latent", DATA.value, seed=seed, roles={"vae": {"checkpoint": str(out)}})
             latent = common.train(f"mnist_latent/{seed}", settings)
-            results.append(common.measure(latent, seed=seed, count=1000, features=("pca",), guidance=guidance))
+            results.append(common.measure(latent, seed=seed, count=1000, features=("pca",), metrics=("frechet", "agreement"), guidance=guidance))
         rows.append([
             name, common.spread([100 * r["agreement"]["agreement"] for r in results]),
             common.spread([common.frechet(r)["distance"] for r in results]),
