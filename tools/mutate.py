@@ -285,19 +285,23 @@ def prepare_process(scratch: pathlib.Path, tests: pathlib.Path):
     assert not xla_bridge.backends_are_initialized() and "flowjax" not in sys.modules, "a fork must start its own backend"
 
 
-def baseline(slot: Slot, files):
+def baseline(slots, files):
     """({test: seconds}, {failing tests}) of the unchanged tree."""
     seconds, failing = {}, set()
-    for file in files:
-        slot.start([file], 1200, stop_early=False)
-        while (done := slot.poll()) is None:
-            time.sleep(0.05)
-        code, report = done
-        if code not in (0, 1):
-            sys.exit(f"{file} does not run on the unchanged tree (status {code}):\n{(slot.root / 'log.txt').read_text()[-3000:]}")
-        seconds |= report["seconds"]
-        failing |= {*report["failed"]}
-        print(f"{file}: {len(report['seconds'])} tests, {sum(report['seconds'].values()):.0f} s", flush=True)
+    waiting, running = list(reversed(files)), {}
+    while waiting or running:
+        for slot in slots:
+            if slot.pid is None and waiting:
+                running[slot] = waiting.pop()
+                slot.start([running[slot]], 1200, stop_early=False)
+            elif slot in running and (done := slot.poll()) is not None:
+                file, (code, report) = running.pop(slot), done
+                if code not in (0, 1):
+                    sys.exit(f"{file} does not run on the unchanged tree ({code}):\n{(slot.root / 'log.txt').read_text()[-3000:]}")
+                seconds |= report["seconds"]
+                failing |= {*report["failed"]}
+                print(f"{file}: {len(report['seconds'])} tests, {sum(report['seconds'].values()):.0f} s", flush=True)
+        time.sleep(0.02)
     for test in sorted(failing):
         print(f"left out, as it fails without a mutation: {test}")
     return seconds, failing
@@ -309,7 +313,7 @@ def run(mutations, jobs: int):
         scratch = pathlib.Path(scratch)
         slots = [Slot(scratch / f"tree{i}") for i in range(jobs)]
         prepare_process(scratch, slots[0].root / "tests")
-        seconds, failing = baseline(slots[0], sorted({t for m in mutations for t in tests_of(m.path)}))
+        seconds, failing = baseline(slots, sorted({t for m in mutations for t in tests_of(m.path)}))
         caught = collections.defaultdict(collections.Counter)
         waiting, running = list(reversed(mutations)), {}
         try:
