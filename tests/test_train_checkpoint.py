@@ -379,3 +379,15 @@ def test_saving_the_same_step_twice_keeps_the_first(tmp_path):
     saver.close()
     same(restore(tmp_path / "checkpoints")[0], state(1)[0])
     assert stored(tmp_path, 1)["shapes"]["params/net/w"] == [4096]
+
+
+def test_weights_do_not_go_on_under_another_meaning(tmp_path):
+    """Same shapes, another path, prediction or scaling: refused, not trained."""
+    base = tmp_path / "base"
+    train(tiny(steps=1, checkpoint={"every": 0}), base)
+    onwards = {"roles": {"net": {"checkpoint": str(base)}}, "steps": 1, "checkpoint": {"every": 0}}
+    assert train(tiny(**onwards), tmp_path / "same")[0] == 1
+    for change, what in (({"path": "trigonometric"}, "path"), ({"prediction": "eps"}, "prediction"), ({"input_scaling": "edm"}, "scaling")):
+        with pytest.raises(ConfigError, match=f"another {what} than the config's"):
+            train(tiny(**onwards, **change), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

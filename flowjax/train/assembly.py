@@ -45,9 +45,18 @@ def build_roles(config, objective, where="config"):
             label = "model" if name == "net" else f"roles.{name}.model"
             roles[name] = build_role(model, path, prediction, label, input_scaling=scaling)
             if section.get("checkpoint"):
-                _, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+                saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+                _same_meaning(saved, roles[name], f"roles.{name}.checkpoint = {section['checkpoint']!r}")
                 loaded[name] = params, info
     return roles, loaded
+
+
+def _same_meaning(saved, wanted, where):
+    """ConfigError where weights of one path, prediction or scaling would go on as another: shapes alone do not tell."""
+    for what in ("path", "prediction", "scaling"):
+        a, b = ((f.func, f.keywords) if what == "scaling" and f is not None else f for f in (getattr(r, what) for r in (saved, wanted)))
+        if a != b:
+            raise ConfigError(f"{where} was trained with another {what} than the config's: {a} is not {b}")
 
 
 def check_evaluation(section):
