@@ -72,7 +72,7 @@ def check_workdir(workdir):
 
 
 def test_every_config_is_tested_here():
-    mine = {"mix4", "digits", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
+    mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -100,6 +100,12 @@ def test_digits(shell, digits):
         (shell.home / "away").rename(digits)
     a, b = (np.load(shell.home / k / "samples.npz")["x"] for k in "ab")
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["digits_ddpm", "digits_edm", "digits_ct"])
+def test_digits_by_other_roads(shell, name):
+    shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={name}")
+    check_workdir(shell.home / name)
 
 
 def test_digits_classifier_guides(shell, digits):

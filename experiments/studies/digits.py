@@ -29,10 +29,9 @@ def main():
     teachers = [teacher(s) for s in seeds]
 
     # --- the teacher
-    guided = [common.measure(w, seed=s, **GUIDED) for s, w in zip(seeds, teachers)]
-    plain = [common.measure(w, seed=s, **UNGUIDED) for s, w in zip(seeds, teachers)]
     rows = []
-    for name, results in (("guidance 2", guided), ("no guidance", plain)):
+    for name, how in (("guidance 2", GUIDED), ("guidance 1.5", {"guidance": 1.5}), ("no guidance", UNGUIDED)):
+        results = [common.measure(w, seed=s, **how) for s, w in zip(seeds, teachers)]
         near = [next(iter(r["memorisation"].values())) for r in results]
         rows.append([
             name, common.spread([100 * r["agreement"]["agreement"] for r in results]),
@@ -40,7 +39,7 @@ def main():
             common.spread([common.frechet(r)["ratio"] for r in results]),
             f"{sum(n['flagged'] for n in near)} of {len(near)}", common.spread([100 * n["exact_copies"] for n in near]),
         ])  # fmt: skip
-    judge = guided[0]["agreement"]["judge_accuracy"]
+    judge = results[0]["agreement"]["judge_accuracy"]
     text = [
         "# Digits", "",
         f"`python -m experiments.studies.digits`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",

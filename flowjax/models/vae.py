@@ -140,6 +140,10 @@ class AutoencoderKL(nn.Module):
         """Image (B, f h, f w, image_channels) float32 of z (B, h, w, latent_channels)."""
         return self.decoder(self.post_quant(z) if self.quant_conv else z)
 
+    def reconstruct(self, x: jax.Array) -> jax.Array:
+        """Images (B, H, W, C) through the posterior's mean and back."""
+        return self.decode(self.encode(x)[0])
+
     @staticmethod
     def sample(mean: jax.Array, logvar: jax.Array, key: jax.Array) -> jax.Array:
         """A sample of N(mean, exp(logvar)), differentiable in both."""

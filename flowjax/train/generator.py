@@ -72,5 +72,5 @@ def defaults(info) -> dict:
 
 def reconstructions(role, params, x, batch: int):
     """Posterior-mean reconstructions of x (N, H, W, C) by an autoencoder."""
-    fn = jax.jit(lambda p, x: role.net(p).decode(role.net(p).encode(x)[0]))
+    fn = jax.jit(lambda p, x: role.net(p).reconstruct(x))
     return np.concatenate([np.asarray(fn(params, x[i : i + batch])) for i in range(0, len(x), batch)])

@@ -266,7 +266,7 @@ def _drawer(this, workdir):
     weights = lambda state: state.params["net"] if name is None else state.ema[name]  # noqa: E731
     if role.module.kind == "autoencoder":
         x = np.asarray(next(this.stream(this.config["validation"]["split"], 0, shuffle=False))["x"][:10])
-        fn = this.jit(lambda params, x: role.net(params).decode(role.net(params).encode(x)[0]))
+        fn = this.jit(lambda params, x: role.net(params).reconstruct(x))
 
         def draw(state, step):
             picture = np.concatenate([x, np.asarray(fn(weights(state), x))])

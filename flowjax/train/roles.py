@@ -45,6 +45,10 @@ class Latents:
         """Images (B, H, W, C) -> posterior means, standardised per channel."""
         return vae.normalise(self.net.encode(x)[0], self.stats)
 
+    def reconstruct(self, x):
+        """Images through the posterior's mean and back."""
+        return self.net.reconstruct(x)
+
     def decode(self, latent):
         """Standardised latents -> images."""
         return self.net.decode(vae.denormalise(latent, self.stats))
