@@ -11,7 +11,7 @@ def get_config(arg: str = "data/mnist"):
     """arg: directory of the prepared data, "smoke:" before it for a few steps of a tiny network."""
     smoke, path = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     return config_dict(
-        steps=4 if smoke else 1000,
+        steps=4 if smoke else 3000,
         batch_size=8 if smoke else 128,
         data={"name": "array_record", "path": path, "pad": 32},
         model={
@@ -22,9 +22,9 @@ def get_config(arg: str = "data/mnist"):
         optimizer={"name": "adamw", "schedule": {"name": "cosine", "rate": 1e-3, "warmup": 2 if smoke else 100}, "clip": 1.0},
         ema={"ema": {"name": "warmup", "decay": 0.999}},
         roles={"vae": {"checkpoint": "runs/mnist_vae/export"}},
-        sample={"steps": 4 if smoke else 25, "sampler": "heun", "guidance": {"name": "cfg", "scale": 2.0}, "every": 4 if smoke else 500},
+        sample={"steps": 4 if smoke else 25, "sampler": "heun", "guidance": {"name": "cfg", "scale": 2.0}, "every": 4 if smoke else 1000},
         evaluate={"count": 20 if smoke else 2000, "metrics": ("frechet", "agreement"), "features": ("pca",)},
-        checkpoint={"every": 2 if smoke else 500},
+        checkpoint={"every": 2 if smoke else 1000},
         validation={"every": 4 if smoke else 500, "batches": 2},
         log={"every": 1 if smoke else 50},
     )
