@@ -112,6 +112,13 @@ def page(name: str, text: str):
     print(text)
 
 
+def picture(name: str, workdir, rows: int = 5, **options):
+    """Save `rows` samples of each of ten classes, a column a class, as <name>.png."""
+    from flowjax.train import pictures
+
+    pictures.grid(samples(workdir, np.arange(10 * rows) % 10, **options), HERE / "results" / f"{name}.png", columns=10)
+
+
 def figure(name: str, draw, size=(5, 3.4)):
     """Save what draw(axes) plots as <name>.png."""
     from matplotlib.figure import Figure

@@ -73,7 +73,7 @@ def main():
     from flowjax.data.sources import write_preferences
     from tools.make_pairs import choose
 
-    rates, drops, inks = [], [], []
+    rates, drops, inks, tuned0 = [], [], [], None
     for s, w in zip(seeds, teachers):
         pairs = w / "pairs"
         if not pairs.exists():
@@ -85,6 +85,7 @@ def main():
         tuned = common.train(f"digits_dpo/{s}", common.config(
             "digits_dpo", seed=s, data={"path": str(pairs)}, roles={r: {"checkpoint": str(w)} for r in ("reference", "net")}
         ))  # fmt: skip
+        tuned0 = tuned if s == 0 else tuned0
         labels = protocol.labels(1000, 10, "balanced", 200 + s)
         before, after = (image.quantise(common.samples(d, labels, seed=200 + s, **UNGUIDED)) for d in (w, tuned))
         real = common.real(w)["train"]
@@ -100,6 +101,12 @@ def main():
         "", "## Diffusion-DPO: prefer more ink, best against worst of 4 samples, 1,000 pairs, 300 steps", "",
         "Fresh noise and labels, the same for both; no guidance.", "", common.table("digits_dpo", head, rows),
     ]  # fmt: skip
+    common.picture("digits_teacher", teachers[0], **GUIDED)
+    common.picture("digits_student", students[0], steps=2, sampler="renoise")
+    common.picture("digits_reference", teachers[0], **UNGUIDED)
+    common.picture("digits_preferred", tuned0, **UNGUIDED)
+    text += ["", "Teacher (guidance 2, 25 steps), student (2 steps), reference and its tuned version (no guidance), same noise:", ""]
+    text += [f"![{name}](digits_{name}.png)" for name in ("teacher", "student", "reference", "preferred")]
     common.page("digits", "\n".join(text))
 
 
