@@ -16,7 +16,7 @@ echo "== 1/5 data: scikit-learn's digits as a TFDS data set"
 echo "== 2/5 training (interrupt it whenever you like; the same command resumes)"
 "$python" -m experiments.train --config=configs/digits.py --workdir="$run"
 echo "== 3/5 samples with guidance"
-"$python" -m experiments.sample --checkpoint="$run" --out="$run/guided" --guidance=2
+"$python" -m experiments.sample --checkpoint="$run" --out="$run/guided"
 echo "== 4/5 evaluation against held-out digits"
 "$python" -m experiments.evaluate --checkpoint="$run"
 echo "== 5/5 export"
