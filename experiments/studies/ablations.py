@@ -112,13 +112,17 @@ def main():
     text = [
         "# Ablations", "",
         f"`python -m experiments.studies.ablations`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
-        "", "## Sampler order: four Gaussians, exact velocity, float64, uniform grid from t = 1 to 0", "", orders(), "",
-        "![error over model calls](orders.png)",
-        "", "## Guidance scale", "", guidance(teachers), "", "![guidance](guidance.png)",
-        "", "## Length of the average", "", averages(teachers),
-        "", "## Prediction and time law at equal steps, no guidance", "", training(seeds),
     ]  # fmt: skip
-    common.page("ablations", "\n".join(text))
+    sections = {
+        "Sampler order: four Gaussians, exact velocity, float64, uniform grid from t = 1 to 0": orders,
+        "Guidance scale, Heun 25": lambda: guidance(teachers),
+        "Length of the average, no guidance": lambda: averages(teachers),
+        "Prediction and time law at equal steps, no guidance": lambda: training(seeds),
+    }
+    pictures = {0: "![error over model calls](orders.png)", 1: "![guidance](guidance.png)"}
+    for i, (title, section) in enumerate(sections.items()):
+        text += ["", f"## {title}", "", section()] + (["", pictures[i]] if i in pictures else [])
+        common.page("ablations", "\n".join(text))  # after each section: the last one takes as long as all the others
 
 
 if __name__ == "__main__":
