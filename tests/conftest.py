@@ -21,3 +21,8 @@ def float64():
 
     with jax.enable_x64(True):
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """The binaries' tests first: they are the longest file, and a worker that starts it last keeps the others waiting."""
+    items.sort(key=lambda item: "test_smoke" not in item.nodeid)
