@@ -264,7 +264,7 @@ def change(split, **fields):
         (dict(data=change("test", label=np.zeros(3, int))), "data.test.label"),
         (dict(settings={"metrics": ["fid"]}), "frechet"),
         (dict(settings={"metrics": [{"name": "kid", "subset": 3}]}), "subset_size"),
-        (dict(settings={"features": ["inception"]}), "classifier, pca, pixels"),
+        (dict(settings={"features": ["inception"]}), "classifier, network, pca, pixels"),
         (dict(settings={"feature": ["pixels"]}), "evals.feature is unknown"),
         (dict(settings={"judge": "oracle", "features": []}), "svm"),
     ],

@@ -339,7 +339,7 @@ def test_ct_schedule_follows_the_paper():
         ({"schedule": "ct", "steps_max": 50}, "needs steps_max >= steps and total_steps .*total_steps = 0"),
         ({"schedule": "doubling", "steps_max": 17, "total_steps": 9}, "steps = 18, steps_max = 17"),
         ({"time": {"name": "intervals", "shift": 2.0}}, "objective.time.shift is unknown"),
-        ({"time": {"name": "logit_normal", "middle": 2.0}}, "middle is unknown; valid: mean, std"),
+        ({"time": {"name": "logit_normal", "middle": 2.0}}, "middle is unknown for logit_normal; valid: mean, std"),
         ({"grid": "exponential"}, "exponential"),
     ],
 )
