@@ -12,7 +12,7 @@ python="$VENV/bin/python"
 export JAX_PLATFORMS="${JAX_PLATFORMS-cpu}"
 
 echo "== 1/5 data: scikit-learn's digits as a TFDS data set"
-"$python" -m tools.prepare_data --door=digits
+"$python" -m tools.prepare_data --door=digits --out="${FLOWJAX_DATA:-$HOME/.cache/flowjax}"
 echo "== 2/5 training (interrupt it whenever you like; the same command resumes)"
 "$python" -m experiments.train --config=configs/digits.py --workdir="$run"
 echo "== 3/5 samples with guidance"
