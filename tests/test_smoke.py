@@ -44,7 +44,8 @@ def mnist_like(shell):
 
 @pytest.fixture(scope="module")
 def digits(shell):
-    """A workdir of configs/digits.py:smoke."""
+    """A workdir of configs/digits.py:smoke, on digits prepared as the quick start does."""
+    assert "ready" in shell("tools.prepare_data", "--door=digits", f"--out={shell.home / 'data'}")
     command = ("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=digits")
     assert "done at step 4" in shell(*command)
     assert "already at step 4 of 4" in shell(*command)
