@@ -10,13 +10,13 @@ from flowjax.models import sharding
 from flowjax.train import checkpoint, ema, export, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
-from flowjax.train.roles import build_role
+from flowjax.train.roles import build_role, same_shapes
 
 # What describes a network that this run trains.
 NETWORK = ("model", "path", "prediction", "input_scaling")
 
 
-def build_roles(config, objective, where="config"):
+def build_roles(config, objective):
     """(roles, loaded): every role of the run, and (params, info) of those that come from a checkpoint."""
     roles, loaded = {}, {}
     known = {*objective.roles, "vae"}
@@ -74,7 +74,7 @@ def check_evaluation(section):
 class Run:
     """Everything of a run that is built once; `flowjax.train.loop` is the loop over it."""
 
-    def __init__(self, config, data_start: int = 0):
+    def __init__(self, config):
         self.config = config = settings.resolve(config)
         check_evaluation(config["evaluate"])
         self.objective = objectives.build(config["objective"])
@@ -87,7 +87,7 @@ class Run:
             if wrong := {*((axes,) if isinstance(axes, str) else axes or ())} - {*mesh_lib.AXES}:
                 raise ConfigError(f"rules.{name} = {axes!r}: no mesh axis {min(wrong)!r}; valid: {', '.join(mesh_lib.AXES)}, None")
         mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh)
-        self.pipeline = self.stream("train", config["seed"], data_start)
+        self.pipeline = self.stream("train", config["seed"])
         self.roles, self.loaded = build_roles(config, self.objective)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
@@ -104,10 +104,10 @@ class Run:
     def trained(self):
         return [k for k, v in self.objective.roles.items() if v == "trained"]
 
-    def stream(self, split, seed, start=0, **options):
+    def stream(self, split, seed, **options):
         """A data pipeline of this process's rows."""
         return pipeline(
-            self.config["data"], self.config["batch_size"], seed, split=split, start=start,
+            self.config["data"], self.config["batch_size"], seed, split=split,
             process_index=jax.process_index(), process_count=jax.process_count(), **options,
         )
 
@@ -178,7 +178,7 @@ class Run:
         for name in self.trained:
             if name in self.loaded:
                 params = self.loaded[name][0]
-                export.check_shapes(params, state.params[name], f"roles.{name}.checkpoint")
+                same_shapes(params, state.params[name], f"roles.{name}.checkpoint")
                 put = lambda p, s: jax.device_put(jnp.asarray(p, s.dtype), s.sharding)  # noqa: E731
                 new = jax.tree.map(put, params, state.params[name])
                 copies = {k: jax.tree.map(put, params, state.ema[k]) for k, (_, of) in self.averages.items() if of == name}

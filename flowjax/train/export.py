@@ -17,7 +17,7 @@ from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
 from flowjax.train import ema, posthoc
-from flowjax.train.roles import build_role, same_shapes
+from flowjax.train.roles import build_role
 
 
 def write(out, params, info: dict):
@@ -130,8 +130,3 @@ def measure_latents(role, params, batches):
     encode = jax.jit(lambda x: role.net(params).encode(x)[0])
     stats = vae.measure(np.asarray(encode(x)) for x in batches)
     return stats._asdict()
-
-
-def check_shapes(params, target, what: str):
-    """ConfigError with a short diff when loaded parameters do not fit."""
-    same_shapes(params, target, what)
