@@ -10,66 +10,84 @@ from experiments import shell
 from experiments.studies import common, digits
 from flowjax.train import runtime
 
-SCALES = (1.0, 1.5, 2.0, 4.0, 8.0)
-LENGTHS = ("params", "ema_10", "ema_50", "ema_150", "ema_400", "ema")
+SCALES = (1.0, 1.25, 1.5, 2.0, 4.0, 8.0)
+LENGTHS = (10, 30, 100, 300)
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "dpmpp_2m": 2}
+
+
+VARIANTS = {
+    "velocity, uniform t": {},
+    "eps, uniform t": {"prediction": "eps"},
+    "velocity, logit-normal(0, 1) t": {"objective": {"time": {"name": "logit_normal", "stratified": True}}},
+}
+
+
+def young(name, seed):
+    """A run of 500 steps of one of VARIANTS."""
+    uniform = {"objective": {"time": {"name": "uniform", "stratified": True}}}
+    settings = common.config("digits", seed=seed, steps=500, **(uniform | VARIANTS[name]))
+    settings["sample"]["every"] = 0
+    slug = name.replace(", ", "-").replace(" ", "_").replace("(", "").replace(")", "")
+    return common.train(f"ablations/{slug}/{seed}", settings)
 
 
 def training(seeds):
     """Prediction and time law at 500 steps."""
-    uniform = {"time": {"name": "uniform", "stratified": True}}
-    variants = {
-        "velocity, uniform t": {},
-        "eps, uniform t": {"prediction": "eps"},
-        "velocity, logit-normal(0, 1) t": {"objective": {"time": {"name": "logit_normal", "stratified": True}}},
-    }
     rows = []
-    for name, change in variants.items():
-        slug = name.replace(", ", "-").replace(" ", "_").replace("(", "").replace(")", "")
-        plain, guided = [], []
-        for seed in seeds:
-            settings = common.config("digits", seed=seed, steps=500, **({"objective": uniform} | change))
-            settings["sample"]["every"] = 0
-            workdir = common.train(f"ablations/{slug}/{seed}", settings)
-            plain.append(common.measure(workdir, seed=seed, **digits.UNGUIDED))
-            guided.append(common.measure(workdir, seed=seed, steps=5, **digits.UNGUIDED))
+    for name in VARIANTS:
+        workdirs = [young(name, seed) for seed in seeds]
+        fine = [common.measure(w, seed=s, **digits.UNGUIDED) for s, w in zip(seeds, workdirs)]
+        coarse = [common.measure(w, seed=s, steps=5, **digits.UNGUIDED) for s, w in zip(seeds, workdirs)]
         rows.append([
-            name, common.spread([common.frechet(r)["distance"] for r in plain]),
-            common.spread([100 * r["agreement"]["agreement"] for r in plain]),
-            common.spread([common.frechet(r)["distance"] for r in guided]),
+            name, common.spread([common.frechet(r)["distance"] for r in fine]),
+            common.spread([100 * r["agreement"]["agreement"] for r in fine]),
+            common.spread([common.frechet(r)["distance"] for r in coarse]),
         ])  # fmt: skip
     head = ["500 training steps", "FD-pixels, Heun 25", "class agreement %", "FD-pixels, Heun 5"]
     return common.table("training", head, rows)
 
 
-def guidance(teachers):
-    """FD and agreement over the guidance scale."""
-    results = {w: [common.measure(d, seed=s, guidance=None if w == 1 else w) for s, d in enumerate(teachers)] for w in SCALES}
+def guidance(teachers, young):
+    """FD and agreement over the guidance scale: of the finished teachers and of the same networks after 500 steps."""
+    results = {}
+    for name, workdirs in (("2,000 steps", teachers), ("500 steps", young)):
+        for w in SCALES:
+            results[name, w] = [common.measure(d, seed=s, guidance=None if w == 1 else w) for s, d in enumerate(workdirs)]
     rows = [
-        [w, common.spread([common.frechet(r)["distance"] for r in rs]), common.spread([100 * r["agreement"]["agreement"] for r in rs])]
-        for w, rs in results.items()
+        [name, w, common.spread([common.frechet(r)["distance"] for r in rs]), common.spread([100 * r["agreement"]["agreement"] for r in rs])]
+        for (name, w), rs in results.items()
     ]
 
     def draw(axes):
-        axes.plot(SCALES, [np.mean([common.frechet(r)["distance"] for r in results[w]]) for w in SCALES], "o-", label="FD-pixels")
-        axes.set(xlabel="guidance scale", ylabel="FD-pixels to held-out", xscale="log", xticks=SCALES, xticklabels=SCALES)
         other = axes.twinx()
-        other.plot(SCALES, [100 * np.mean([r["agreement"]["agreement"] for r in results[w]]) for w in SCALES], "s--", color="C1")
-        other.set_ylabel("class agreement %", color="C1")
+        for i, name in enumerate(dict.fromkeys(name for name, _ in results)):
+            pick = lambda value: [np.mean([value(r) for r in results[name, w]]) for w in SCALES]  # noqa: B023, E731
+            axes.plot(SCALES, pick(lambda r: common.frechet(r)["distance"]), "o-", color=f"C{i}", label=f"{name}: FD-pixels")
+            other.plot(SCALES, pick(lambda r: 100 * r["agreement"]["agreement"]), "s:", color=f"C{i}")
+        axes.set(xlabel="guidance scale", ylabel="FD-pixels to held-out", xscale="log", yscale="log", xticks=SCALES, xticklabels=SCALES)
+        other.set_ylabel("class agreement % (dotted)")
+        axes.legend(fontsize=8)
 
     common.figure("guidance", draw)
-    return common.table("guidance", ["guidance scale", "FD-pixels", "class agreement %"], rows)
+    return common.table("guidance", ["trained", "guidance scale", "FD-pixels", "class agreement %"], rows)
 
 
-def averages(teachers):
-    """FD over the length of the average, with and without guidance."""
+def averages(seeds):
+    """FD over the length of the average at a CONSTANT learning rate: a schedule that ends at 0 averages by itself."""
+    decays = {f"ema_{n}": {"name": "constant", "decay": round(0.5 ** (1 / n), 6)} for n in LENGTHS}
+    workdirs = []
+    for seed in seeds:
+        optimizer = {"schedule": {"name": "constant", "rate": 1e-3, "warmup": 100}}
+        settings = common.config("digits", seed=seed, steps=1000, optimizer=optimizer, ema=decays)
+        settings["sample"]["every"] = 0
+        workdirs.append(common.train(f"ablations/averages/{seed}", settings))
     rows = []
-    for name in LENGTHS:
-        said = {"params": "none (last weights)", "ema": "693 (default)"}.get(name, name.removeprefix("ema_"))
-        results = [common.measure(d, seed=s, weights=name, **digits.UNGUIDED) for s, d in enumerate(teachers)]
+    for name in ("params", *decays):
+        results = [common.measure(d, seed=s, weights=name, **digits.UNGUIDED) for s, d in enumerate(workdirs)]
         distance = common.spread([common.frechet(r)["distance"] for r in results])
+        said = "none (last weights)" if name == "params" else name.removeprefix("ema_")
         rows.append([said, distance, common.spread([100 * r["agreement"]["agreement"] for r in results])])
-    return common.table("averages", ["half-life asked for, steps (the warm-up caps it at 154 after 2,000 steps)", "FD-pixels, no guidance", "class agreement %"], rows)
+    return common.table("averages", ["half-life, steps", "FD-pixels, no guidance", "class agreement %"], rows)
 
 
 def orders():
@@ -115,9 +133,9 @@ def main():
     ]  # fmt: skip
     sections = {
         "Sampler order: four Gaussians, exact velocity, float64, uniform grid from t = 1 to 0": orders,
-        "Guidance scale, Heun 25": lambda: guidance(teachers),
-        "Length of the average, no guidance": lambda: averages(teachers),
+        "Guidance scale, Heun 25": lambda: guidance(teachers, [young("velocity, uniform t", s) for s in seeds]),
         "Prediction and time law at equal steps, no guidance": lambda: training(seeds),
+        "Length of the average: 1,000 steps at a constant rate, no guidance": lambda: averages(seeds),
     }
     pictures = {0: "![error over model calls](orders.png)", 1: "![guidance](guidance.png)"}
     for i, (title, section) in enumerate(sections.items()):

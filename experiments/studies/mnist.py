@@ -9,6 +9,7 @@ from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
 
+SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 DATA = flags.DEFINE_string("data", "data/mnist", "The prepared data set.")
 
 
@@ -31,7 +32,7 @@ def main():
     quality = image.reconstruction(generator.reconstructions(role, params, held_out, 250), held_out)
 
     rows = []
-    for name, guidance in (("guidance 2", 2.0), ("no guidance", None)):
+    for name, guidance in (("no guidance", None), *((f"guidance {w}", w) for w in SCALES)):
         results = []
         for seed in range(common.SEEDS.value):
             settings = common.config("mnist_latent", DATA.value, seed=seed, roles={"vae": {"checkpoint": str(out)}})
