@@ -11,6 +11,7 @@ from flax.core import meta
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flowjax.models import sharding
+from flowjax.train.mesh import AXES
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -75,7 +76,7 @@ def golden(name: str, **arrays) -> dict[str, np.ndarray]:
 
 def check_sharded(net, *inputs):
     """Outputs and every gradient agree on one device and on 2 x 2 x 2 (data, fsdp, tensor), with random parameters."""
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     boxed = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
     params = randomise(meta.unbox(boxed))
     placed = jax.device_put(params, sharding.param_specs(boxed, mesh))

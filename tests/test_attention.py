@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from flowjax.config import ConfigError
+from flowjax.models import sharding
 from flowjax.models import attention as module
 from flowjax.models.attention import attention
+from flowjax.train import mesh as mesh_lib
 
 
 def numpy_attention(q, k, v, mask=None):
@@ -62,7 +64,7 @@ def test_float64_stays_exact():
 
 def test_unknown_and_unsupported_are_plain_errors():
     q, k, v = draw()
-    with pytest.raises(ConfigError, match="valid: cudnn, xla"):
+    with pytest.raises(ConfigError, match="valid: cudnn, ring, splash, xla"):
         attention(q, k, v, implementation="flash")
     with pytest.raises(ConfigError, match="needs a GPU, not cpu"):
         attention(q, k, v, implementation="cudnn")
@@ -82,9 +84,10 @@ def test_unknown_and_unsupported_are_plain_errors():
         ("even lengths", "gpu", jnp.bfloat16, 64, (256, 77), True),
     ],
 )
-def test_what_cudnn_is_asked_to_do(expected, backend, dtype, head_dim, lengths, masked):
+def test_what_cudnn_is_asked_to_do(monkeypatch, expected, backend, dtype, head_dim, lengths, masked):
+    monkeypatch.setattr(module.sharding, "platform", lambda: backend)
     q, k = (jax.ShapeDtypeStruct((2, n, 4, head_dim), dtype) for n in lengths)
-    refusal = module._cudnn_refusal(q, k, jnp.ones(lengths, bool) if masked else None, backend)
+    refusal = module._cudnn_refusal(q, k, jnp.ones(lengths, bool) if masked else None)
     assert refusal is None if expected is None else expected in refusal
 
 
@@ -92,6 +95,95 @@ def test_auto_follows_the_backend(monkeypatch):
     q, k, v = draw(jnp.bfloat16)
     monkeypatch.setitem(module.IMPLEMENTATIONS, "cudnn", lambda *_: "cudnn")
     assert not isinstance(attention(q, k, v), str)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(module.sharding, "platform", lambda: "gpu")
     assert attention(q, k, v) == "cudnn"
     assert not isinstance(attention(*draw(jnp.float32)), str)
+
+
+def test_auto_takes_splash_on_a_tpu_for_long_sequences(monkeypatch):
+    monkeypatch.setitem(module.IMPLEMENTATIONS, "splash", lambda *_: "splash")
+    monkeypatch.setattr(module.sharding, "platform", lambda: "tpu")
+    long = [jnp.zeros((1, module.SPLASH_FROM, 1, 8))] * 3
+    assert attention(*long) == "splash"
+    assert not isinstance(attention(*long, jnp.ones((), bool)), str)  # a mask
+    assert not isinstance(attention(*draw()), str)  # short
+    assert attention(*draw(), implementation="splash") == "splash"
+
+
+def test_the_choice_is_logged_once_with_its_reasons(caplog):
+    module._say.cache_clear()
+    with caplog.at_level("INFO", "flowjax.attention"):
+        for _ in range(2):
+            attention(*draw())
+    (line,) = (r.getMessage() for r in caplog.records)
+    assert line.startswith("attention of 5 over 7 tokens, float32: xla (ring needs a mesh") and "cudnn needs a GPU, not cpu" in line
+
+
+@pytest.mark.parametrize("lengths", [(256, 256), (200, 300)])
+def test_splash_equals_xla_also_with_padding(lengths):
+    """The TPU kernel, interpreted: values and all three gradients, where lengths fill whole blocks and where they do not."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v = (jax.random.normal(key, (2, n, 2, 16)) for key, n in zip(keys, (lengths[0], lengths[1], lengths[1])))
+    weight = jax.random.normal(keys[3], q.shape)
+
+    def run(compute):
+        return jax.value_and_grad(lambda *a: jnp.vdot(weight, compute(*a, None)), argnums=(0, 1, 2))(q, k, v)
+
+    (ours, grads), (theirs, wanted) = run(lambda *a: module._splash(*a, interpret=True)), run(module._xla)
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+    for a, b in zip(grads, wanted):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+# --- over the context axis
+
+
+def on_mesh(sizes, implementation):
+    mesh = mesh_lib.make_mesh(**sizes)
+
+    @jax.jit
+    def run(q, k, v):
+        with sharding.use(mesh):
+            q, k, v = (sharding.constrain(x, *module.LAYOUT) for x in (q, k, v))
+            return attention(q, k, v, implementation=implementation)
+
+    return run
+
+
+@pytest.mark.parametrize("sizes", [{"context": 8, "data": 1}, {"context": 2, "tensor": 2, "fsdp": 2, "data": 1}])
+def test_ring_is_exact(sizes):
+    """Against float64 NumPy; first, second and forward derivatives against the plain implementation, all in float64."""
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        q, k, v = (3 * jax.random.normal(key, (2, n, 2, 4), "float64") for key, n in zip(keys, (16, 24, 24)))
+        ring = on_mesh(sizes, "ring")
+        np.testing.assert_allclose(ring(q, k, v), numpy_attention(q, k, v), atol=1e-13)
+        weight = jax.random.normal(keys[3], q.shape, "float64")
+        plain = lambda *a: module._xla(*a, None)  # noqa: E731
+        reverse = lambda f: jax.grad(lambda *a: jnp.vdot(weight, f(*a)), argnums=(0, 1, 2))  # noqa: E731
+        for wrap in (reverse, lambda f: lambda *a: jax.jvp(f, a, (v[:, :16], q[:, :1] + k, k))[1:]):
+            for a, b in zip(wrap(ring)(q, k, v), wrap(plain)(q, k, v), strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_ring_never_holds_all_keys():
+    q = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
+    both = {name: on_mesh({"context": 8, "data": 1}, name).lower(q, q, q).compile() for name in ("ring", "xla")}
+    text = both["ring"].as_text()
+    assert "collective-permute" in text and "all-gather" not in text
+    # Of the (T, S) logits a device holds a (T/8, S/8) block instead of (T/8, S).
+    temporary = {name: c.memory_analysis().temp_size_in_bytes for name, c in both.items()}
+    assert temporary["ring"] < temporary["xla"] / 3
+
+
+def test_auto_goes_round_the_ring_where_tokens_are_split(monkeypatch):
+    monkeypatch.setitem(module.IMPLEMENTATIONS, "ring", lambda q, k, v, mask: q + 100)
+    q = jnp.zeros((2, 16, 2, 4))
+    assert on_mesh({"context": 2}, "auto")(q, q, q).max() == 100
+    assert on_mesh({"context": 1}, "auto")(q, q, q).max() == 0
+    odd = jnp.zeros((2, 15, 2, 4))
+    assert on_mesh({"context": 2}, "auto")(odd, odd, odd).max() == 0
+    with pytest.raises(ConfigError, match="lengths that mesh.context = 2 divides, not 15 and 15"):
+        on_mesh({"context": 2}, "ring")(odd, odd, odd)
+    with pytest.raises(ConfigError, match="needs a mesh whose axis 'context'"):
+        attention(q, q, q, implementation="ring")

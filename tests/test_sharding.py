@@ -12,14 +12,17 @@ from jax.sharding import PartitionSpec as P
 from nets import check_sharded
 
 from flowjax.models import build, layers, sharding
+from flowjax.train import mesh as mesh_lib
 
 
 def make_mesh(*sizes):
-    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    sizes += (1,) * (4 - len(sizes))
+    return jax.make_mesh(sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def test_spec_follows_the_rules():
     assert sharding.spec(("batch", None, "act_mlp")) == P(("data", "fsdp"), None, "tensor")
+    assert sharding.spec(("batch", "seq", "act")) == P(("data", "fsdp"), "context", None)
     assert sharding.spec(("embed", "mlp"), {"embed": None, "mlp": "data"}) == P(None, "data")
 
 
@@ -35,7 +38,7 @@ def test_unknown_names_are_refused_inside_and_outside_a_mesh():
 
 
 def test_rules_must_name_axes_of_the_mesh():
-    with pytest.raises(ValueError, match="'sequence'; the mesh has data, fsdp, tensor"), sharding.use(
+    with pytest.raises(ValueError, match="'sequence'; the mesh has data, fsdp, tensor, context"), sharding.use(
         make_mesh(8, 1, 1), {"seq": "sequence"}
     ):
         pass
@@ -56,7 +59,7 @@ def test_rules_must_name_axes_of_the_mesh():
     ],
 )
 def test_fit_drops_what_does_not_divide(names, shape, expected):
-    mesh = jax.sharding.AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"))
+    mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), mesh_lib.AXES)
     assert sharding.fit(names, shape, mesh) == expected
 
 
@@ -89,6 +92,8 @@ VARIANTS = {
     "modern": {"norm": "rms", "mlp": "swiglu", "mlp_ratio": 3.0, "rope": True, "qk_norm": True, "scan": False},
     "in_context": {"conditioning": "in_context"},
     "cross_attention": {"conditioning": "cross_attention"},
+    "ring": {"attention": "auto", "patch": 1},
+    "gathered": {"patch": 1},  # tokens split over the context axis, with plain attention: keys are gathered
 }
 BATCH = 8
 
@@ -97,7 +102,7 @@ BATCH = 8
 def case(variant):
     """(module, boxed abstract parameters, random parameters, inputs, one-device loss and gradients)."""
     module = build({"name": "dit", **FIELDS, **VARIANTS[variant]})
-    x = jax.random.normal(jax.random.key(1), (BATCH, 6, 10, 3))
+    x = jax.random.normal(jax.random.key(1), (BATCH, *((8, 4, 3) if module.patch == 1 else (6, 10, 3))))
     t, label = jnp.linspace(0.05, 0.95, BATCH), jnp.arange(BATCH) % 6
     boxed = jax.eval_shape(module.init, jax.random.key(0), x, t, {"label": label})["params"]
     leaves, tree = jax.tree.flatten(nn.unbox(boxed))
@@ -121,7 +126,8 @@ def loss_and_grad(module, mesh, params, x, t, label):
 @pytest.mark.parametrize(
     ("variant", "sizes"),
     [("adaln_zero", s) for s in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 2, 4)]]
-    + [("modern", (2, 2, 2)), ("modern", (1, 2, 4)), ("in_context", (2, 2, 2)), ("cross_attention", (2, 2, 2))],
+    + [("modern", (2, 2, 2)), ("modern", (1, 2, 4)), ("in_context", (2, 2, 2)), ("cross_attention", (2, 2, 2))]
+    + [("ring", (2, 1, 2, 2)), ("ring", (1, 1, 1, 8)), ("gathered", (1, 2, 1, 4)), ("cross_attention", (2, 2, 1, 2))],
 )
 @pytest.mark.slow
 def test_sharded_equals_one_device(variant, sizes):

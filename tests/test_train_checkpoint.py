@@ -17,6 +17,7 @@ import pytest
 
 from flowjax.config import ConfigError
 from flowjax.train import checkpoint, export, loop
+from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run
 from train_runs import DIT, flip, same, stored, tiny, train
@@ -175,7 +176,7 @@ def test_fingerprints_do_not_depend_on_the_sharding():
     x = jax.random.normal(jax.random.key(0), (8, 16))
     want = checkpoint.fingerprints({"a": x})
     for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
-        mesh = jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        mesh = mesh_lib.make_mesh(*sizes)
         for spec in (jax.P("fsdp", "tensor"), jax.P(("data", "fsdp"), "tensor"), jax.P()):
             assert checkpoint.fingerprints({"a": jax.device_put(x, jax.NamedSharding(mesh, spec))}) == want
 
@@ -270,7 +271,7 @@ def test_restore_onto_another_mesh(tmp_path):
     train(tiny(**config, mesh={"data": 2, "fsdp": 2, "tensor": 2}), tmp_path / "run")
     states = {}
     for sizes in ((2, 2, 2), (8, 1, 1), (1, 8, 1)):
-        run = Run(tiny(**config, mesh=dict(zip(("data", "fsdp", "tensor"), sizes))))
+        run = Run(tiny(**config, mesh=dict(zip(mesh_lib.AXES, sizes))))
         saver = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
         states[sizes], extra, step = saver.restore(run.target)
         saver.close()

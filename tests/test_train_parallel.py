@@ -12,7 +12,7 @@ from flowjax.train.assembly import Run
 from nets import randomise
 from train_runs import DIT, tiny, train
 
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2), "context": (1, 2, 1, 4)}
 ONE = (1, 1, 1)
 
 
@@ -21,7 +21,7 @@ def config(sizes, **changes):
     sgd = {"name": "sgd", "momentum": 0.0, "schedule": {"name": "constant", "rate": 1.0}}
     model = {**DIT, "width": 32, "heads": 8, "patch": 4, "dropout": 0.1}
     base = dict(data={"name": "digits"}, model=model, optimizer=sgd, ema={"ema": {"name": "constant", "decay": 0.5}})
-    return tiny(**(base | changes), mesh=dict(zip(("data", "fsdp", "tensor"), sizes)))
+    return tiny(**(base | changes), mesh=dict(zip(mesh_lib.AXES, sizes)))
 
 
 def one_step(sizes, monkeypatch, **changes):
@@ -117,7 +117,7 @@ def test_latents(autoencoder, monkeypatch, tmp_path):
 @pytest.mark.parametrize("sizes, want", [(dict(), (8, 1, 1)), (dict(data=2, fsdp=-1), (2, 4, 1)), (dict(data=1, fsdp=2, tensor=-1), (1, 2, 4))])
 def test_minus_one_is_what_is_left(sizes, want):
     mesh = mesh_lib.make_mesh(**sizes)
-    assert tuple(mesh.shape.values()) == want and tuple(mesh.shape) == ("data", "fsdp", "tensor")
+    assert tuple(mesh.shape.values()) == (*want, 1) and tuple(mesh.shape) == mesh_lib.AXES
 
 
 @pytest.mark.parametrize("sizes", [dict(data=3), dict(data=4), dict(data=-1, fsdp=-1), dict(data=0), dict(data=-1, fsdp=3), dict(data=-2), dict(data=16)])

@@ -4,7 +4,7 @@ Networks name the axes of parameters and activations ("batch", "embed", ...); a 
 one, or several. The rules are not ambient state of a jitted function: enter `use(mesh, rules)` INSIDE the traced step, so
 that the trace and its rules cannot part company.
 
-XLA's partitioner can compute `h + gate * (act @ w)` wrongly on a (data, fsdp, tensor) mesh when it is left to choose the
+XLA's partitioner can compute `h + gate * (act @ w)` wrongly on a mesh of several axes when it is left to choose the
 layouts. Networks therefore constrain every output of a residual branch, every modulation or gate vector, and the sum.
 """
 
@@ -21,7 +21,7 @@ Rules = Mapping[str, None | str | tuple[str, ...]]
 RULES: Rules = {
     # activations
     "batch": ("data", "fsdp"),
-    "seq": None,
+    "seq": "context",
     "act": None,
     "act_mlp": "tensor",
     "act_heads": "tensor",
@@ -60,6 +60,24 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         return x
     mesh, rules = active
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit(names, x.shape, mesh, rules)))
+
+
+def active_mesh() -> Mesh | None:
+    """The mesh of the `use` that we are in, or None."""
+    active = _active.get()
+    return active and active[0]
+
+
+def active_spec(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """`fit` on the mesh and rules of the `use` that we are in."""
+    mesh, rules = _active.get()
+    return fit(names, shape, mesh, rules)
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": where the traced program will run, which is not this machine when it is compiled for another."""
+    mesh = active_mesh()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 def spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

@@ -5,18 +5,23 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowjax.config import ConfigError
 from flowjax.models import sharding
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; one size may be -1, "what is left"."""
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices=None) -> Mesh:
+    """A (data, fsdp, tensor, context) mesh over all devices; one size may be -1, "what is left".
+
+    Devices are laid out so that an axis follows the machine's links where it can; of several TPU slices, which only the data
+    centre's network joins, each holds whole copies of the model: they split the data axis.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
     free = [k for k, v in sizes.items() if v == -1]
     fixed = math.prod(v for v in sizes.values() if v != -1)
     count = len(devices)
@@ -27,11 +32,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if free:
         sizes[free[0]] = count // fixed
     # Auto axes: the partitioner follows our constraints (Explicit axes break flax's Dropout).
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_lay_out(tuple(sizes.values()), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _lay_out(shape, devices):
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ConfigError(f"mesh.data = {shape[0]} must be a multiple of the number of TPU slices, {slices}")
+    within = (shape[0] // slices, *shape[1:])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of the global batch over data x fsdp."""
+    """Rows of the global batch over data x fsdp; every device along tensor and context holds the same rows."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from flowjax.config import ConfigError, arguments, check
 
 
-def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1):
+def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1):
     """Mesh sizes; -1 is "what is left"."""
 
 
