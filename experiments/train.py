@@ -1,7 +1,10 @@
 """Train: python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.model.depth=6 ...]
 
-The same command resumes. Ctrl-C or SIGTERM saves and leaves. Exit codes: 0 done or saved, 2 bad settings, 3 a loss that is
-not finite.
+The same command resumes. Ctrl-C or SIGTERM (to any one of several processes) saves and leaves. Exit codes: 0 done or saved,
+2 bad settings, 3 a loss that is not finite, 4 another process of the job is gone.
+
+Several processes: start this command once on each machine with --coordinator=auto, or with --coordinator=host:port
+--processes=N --process_id=i, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment.
 """
 
 import sys
@@ -9,27 +12,31 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import shell
+from experiments import BEGAN, shell
 from flowjax.train import runtime
 
 # Unlocked: a setting that the config leaves at its default can be given too. flowjax checks every key, and says what is valid.
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, pictures.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or bucket, gs://...) of the run: checkpoints, metrics, pictures.")
 COORDINATOR = flags.DEFINE_string("coordinator", "", 'Several processes: host:port of process 0, or "auto".')
 PROCESSES = flags.DEFINE_integer("processes", 0, "Several processes: how many.")
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is.")
+HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Several processes: seconds of silence after which one counts as dead.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    runtime.setup(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value)
+    runtime.setup(*runtime.job(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value), HEARTBEAT.value)
     from flowjax.train import loop
 
     try:
-        loop.run(CONFIG.value, WORKDIR.value)
+        loop.run(CONFIG.value, WORKDIR.value, began=BEGAN)
     except loop.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except Exception as error:
+        runtime.leave(error)
+        raise
     return 0
 
 

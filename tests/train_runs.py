@@ -60,8 +60,8 @@ def train(config, workdir, stop_at=None):
 
 def rows(workdir):
     """metrics.jsonl without what depends on the clock."""
-    clock = {"wall", "steps_per_second", "data_wait"}
-    return [{k: v for k, v in row.items() if k not in clock} for row in log.read(workdir / "metrics.jsonl")]
+    clock = {"wall", "steps_per_second", "data_wait", "goodput"}
+    return [{k: v for k, v in row.items() if k not in clock and not k.startswith("seconds/")} for row in log.read(workdir / "metrics.jsonl")]
 
 
 def stored(workdir, step):

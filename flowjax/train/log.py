@@ -2,10 +2,11 @@
 
 import json
 import math
-import pathlib
 import time
 
 import jax
+
+from flowjax.train import files
 
 
 def plain(value):
@@ -15,17 +16,21 @@ def plain(value):
 
 
 class Log:
-    """Writes rows {"step": n, "wall": seconds, ...}. Rows later than `start` (a run cut off after its checkpoint) are dropped."""
+    """Writes rows {"step": n, "wall": seconds, ...}. Rows later than `start` (a run cut off after its checkpoint) are dropped.
+
+    In a bucket the rows appear at `flush`, which comes with every checkpoint: later ones would be dropped on resuming anyway.
+    """
 
     def __init__(self, workdir, start: int = 0, total: int = 0, tensorboard: bool = True, progress: bool = True):
         self.main = jax.process_index() == 0
-        self.path = pathlib.Path(workdir) / "metrics.jsonl"
-        self._bar = self._board = None
+        self.path = files.path(workdir) / "metrics.jsonl"
+        self._bar = self._board = self._file = None
         if not self.main:
             return
         rows = [row for row in read(self.path) if row["step"] <= start] if self.path.exists() else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._file = self.path.open("a", buffering=1)
+        self._lines = [json.dumps(row) + "\n" for row in rows]
+        self.path.write_text("".join(self._lines))
+        self._file = None if files.remote(self.path) else self.path.open("a", buffering=1)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -40,7 +45,11 @@ class Log:
         if not self.main:
             return
         row = {"step": step, "wall": round(time.time(), 3), **{k: plain(v) for k, v in values.items()}}
-        self._file.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        if self._file:
+            self._file.write(line)
+        else:
+            self._lines.append(line)
         if self._board:
             for k, v in values.items():
                 self._board.add_scalar(k, float(v), step)
@@ -59,20 +68,26 @@ class Log:
             else:
                 print(text, flush=True)
 
+    def flush(self):
+        """Bring the file in a bucket up to date; elsewhere it always is."""
+        if self.main and self._file is None:
+            self.path.write_text("".join(self._lines))
+
     def close(self):
         """Flush and release everything."""
         if self._bar is not None:
             self._bar.close()
         if self._board:
             self._board.close()
-        if self.main:
+        self.flush()
+        if self._file is not None:
             self._file.close()
 
 
 def read(path) -> list[dict]:
     """Rows of a metrics.jsonl; a last line cut off by a crash is ignored."""
     rows = []
-    for line in pathlib.Path(path).read_text().splitlines():
+    for line in files.path(path).read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

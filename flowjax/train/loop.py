@@ -3,12 +3,11 @@
 Step k is dispatched before step k - 1 is read, so nothing blocks the device between steps.
 """
 
+import concurrent.futures
 import contextlib
 import json
-import pathlib
 import signal
 import threading
-import time
 
 import jax
 import numpy as np
@@ -16,38 +15,38 @@ import numpy as np
 from flowjax import generate
 from flowjax.config import ConfigError
 from flowjax.models import flops
-from flowjax.train import card, checkpoint, generator, log, optim, pictures, posthoc, settings
+from flowjax.train import card, checkpoint, files, generator, goodput, log, optim, pictures, posthoc, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run
-
-
-# Several processes agree on a request to stop every so many steps: each could be asked at another moment.
-AGREE_EVERY = 10
 
 
 class NonFinite(FloatingPointError):
     """A loss or gradient stopped being finite; the message names the step and the parameters."""
 
 
-def run(config, workdir, stop: threading.Event | None = None) -> int:
+def run(config, workdir, stop: threading.Event | None = None, began: float | None = None) -> int:
     """Train until config.steps, or until SIGTERM / SIGINT (or `stop`) asks to save and leave. Returns the last step.
 
-    The same call with the same workdir resumes. Raises ConfigError on bad settings, before anything is written, and
-    NonFinite when the loss does.
+    The same call with the same workdir (a folder, or a bucket's gs://...) resumes. began: time.monotonic() when the process
+    started, for flowjax.train.goodput. Raises ConfigError on bad settings, before anything is written, and NonFinite when the
+    loss does.
     """
-    began = time.time()
-    workdir = pathlib.Path(workdir)
+    clock = goodput.Goodput(began)
+    workdir = files.path(workdir)
     this = Run(config)
-    config = this.config
-    main = jax.process_index() == 0
     stop = stop or threading.Event()
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(_listen(stop))
-        return _run(this, config, workdir, stop, main, began, cleanup)
+        try:
+            return _run(this, this.config, workdir, stop, jax.process_index() == 0, clock, cleanup)
+        except jax.errors.JaxRuntimeError:
+            if jax.process_count() > 1:
+                cleanup.pop_all()  # closing waits for the other processes, one of which may be what was lost
+            raise
 
 
-def _run(this, config, workdir, stop, main, began, cleanup):
+def _run(this, config, workdir, stop, main, clock, cleanup):
     # --- trace everything that settings can break before a file is written
     position = this.pipeline.get_state()
     batch = mesh_lib.place(next(this.pipeline), this.mesh)
@@ -60,11 +59,15 @@ def _run(this, config, workdir, stop, main, began, cleanup):
     _check_best(config, lowered.out_info[1])
     _claim(workdir, this)
 
+    # --- compile once, beside what follows; a step of any other shape would raise instead of compiling again
+    compiler = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
+    compiling = compiler.submit(lowered.compile)
+
     # --- state: fresh, or the newest intact checkpoint together with its place in the data
     saver = checkpoint.Checkpoints(workdir / "checkpoints", **{k: v for k, v in config["checkpoint"].items() if k != "every"})
     cleanup.callback(saver.close)
     found = saver.restore(this.target)
-    window = {"rows": [], "done": 0, "since": 0.0, "waited": 0.0}
+    window = {"rows": [], "done": 0}
     saved, values = None, {}
     if found is None:
         state, first = this.fresh(), 0
@@ -79,14 +82,17 @@ def _run(this, config, workdir, stop, main, began, cleanup):
         if main:
             print(f"{workdir} is already at step {first} of {steps}")
         return first
+    spent = workdir / "goodput.json"
+    if main:
+        clock.resume(spent, first)
 
-    # --- compile once; a step of any other shape would raise instead of compiling again
-    compiling = time.time()
-    compiled = lowered.compile()
-    compiling = time.time() - compiling
+    drawn = _times(this, state, batch, first)
+    with clock.during("compile"):
+        compiled = compiling.result()
     say = log.Log(workdir, first, steps, config["log"]["tensorboard"], config["log"]["progress"])
     cleanup.callback(say.close)
-    facts = _facts(this, train_step, compiled, state, batch, first)
+    rates = {k: jax.jit(schedule) for k, schedule in this.schedules.items()}
+    facts = _facts(this, train_step, compiled, state, batch, drawn, rates)
     if first == 0:
         say.say(card.write(workdir, facts))
     else:
@@ -97,6 +103,14 @@ def _run(this, config, workdir, stop, main, began, cleanup):
         rows = [{k: float(v) for k, v in row.items()} for row in window["rows"]]
         extra = {"data": this.pipeline.get_state(), "config": config, "frozen": this.fingerprints(), "window": rows, "values": values}
         saver.save(step, state, extra, values)
+        if main:
+            say.flush()
+            clock.keep(spent, saver.steps(), step)
+
+    def curves():
+        if main:
+            say.flush()
+            pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
 
     def report(step, metrics):
         """Read the metrics of a finished step; NonFinite names what went wrong."""
@@ -116,23 +130,28 @@ def _run(this, config, workdir, stop, main, began, cleanup):
             return
         row = {k: _mean([row[k] for row in window["rows"]]) for k in metrics}
         values.update(row)
-        elapsed = time.time() - window["since"]
-        done = window["done"]
-        row |= {"steps_per_second": done / elapsed, "data_wait": window["waited"] / elapsed}
-        for role, schedule in this.schedules.items():
-            row[f"rate/{role}" if len(this.schedules) > 1 else "rate"] = float(schedule((step - 1) // this.every[role]))
+        now = clock.seconds()
+        waited = now["data"] - window["since"]["data"]
+        elapsed = now["step"] - window["since"]["step"] + waited
+        speed = window["done"] / elapsed
+        row |= {"steps_per_second": speed, "data_wait": waited / elapsed}
+        for role, rate in rates.items():
+            row[f"rate/{role}" if len(rates) > 1 else "rate"] = float(rate(np.float32((step - 1) // this.every[role])))
         if peak := card.peak_flops():
-            row["mfu"] = flops_per_step * done / elapsed / (peak * jax.device_count())
-        say.write(step, row)
-        window.update(rows=[], done=0, since=time.time(), waited=0.0)
+            row["mfu"] = flops_per_step * speed / (peak * jax.device_count())
+        say.write(step, row | clock.row())
+        if main:
+            clock.keep(spent)
+        window.update(rows=[], done=0, since=now)
 
     # --- the loop: the batch is fetched while the device is busy with the step before
-    window["since"] = time.time()
+    clock.enter("step")
+    window["since"] = clock.seconds()
     pending, step = None, first
-    while step < steps and not _asked_to_stop(stop, step):
-        waiting = time.time()
+    while step < steps and not _asked_to_stop(stop, step - first):
+        clock.enter("data")
         batch = mesh_lib.place(next(this.pipeline), this.mesh)
-        window["waited"] += time.time() - waiting
+        clock.enter("step", was="data" if pending is None or _ready(pending[1]) else "step")
         state, metrics = compiled(state, this.frozen, batch)
         step += 1
         if pending:
@@ -144,41 +163,55 @@ def _run(this, config, workdir, stop, main, began, cleanup):
         kept = [k for k, (_, every) in this.snapshots.items() if step % every == 0 or step == steps]
         if kept or any(due.values()):
             report(*pending)
-            pending, pause = None, time.time()
-            for name in kept:
-                posthoc.save(workdir, name, step, this.snapshots[name][0], state.ema[name])
+            pending = None
+            with clock.during("save"):
+                for name in kept:
+                    posthoc.save(workdir, name, step, this.snapshots[name][0], state.ema[name])
             if due["validation"]:
-                values["validation_loss"] = validate(state)
+                with clock.during("validation"):
+                    values["validation_loss"] = validate(state)
                 say.write(step, {"validation_loss": values["validation_loss"]})
             if due["sample"]:
-                draw(state, step)
-                if main:
-                    pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
+                with clock.during("sample"):
+                    draw(state, step)
+                    curves()
             if due["checkpoint"]:
-                save(step)
+                with clock.during("save"):
+                    save(step)
                 saved = step
-            window["since"] += time.time() - pause
     if pending:
         report(*pending)
-    if step != saved:
-        save(step)
+    with clock.during("save"):
+        if step != saved:
+            save(step)
+        saver.wait()
     say.advance(step)
-    saver.wait()
+    with clock.during("sample"):
+        curves()
     if main:
-        pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
-    word = "stopped on request" if step < steps else "done"
-    say.say(f"{word} at step {step}: {workdir} ({time.time() - began:.0f} s, of which {compiling:.0f} s compiling)")
+        clock.keep(spent, saver.steps(), step)
+    say.say(f"{'stopped on request' if step < steps else 'done'} at step {step}: {workdir} ({clock.text()})")
     return step
 
 
-def _asked_to_stop(stop, step) -> bool:
+def _asked_to_stop(stop, turn) -> bool:
+    """Whether to stop before another step. turn: how often this was asked before.
+
+    Several processes must stop before the same step, and hear of it at different moments. jax settles that in the background:
+    SIGTERM at any of them makes all agree on the next step that none has begun, without waiting for a device.
+    """
     if jax.process_count() == 1:
         return stop.is_set()
-    if step % AGREE_EVERY:
-        return False
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.asarray(stop.is_set())).any())
+    if stop.is_set():
+        signal.raise_signal(signal.SIGTERM)  # jax listens to it
+    return multihost_utils.reached_preemption_sync_point(turn + 1)
+
+
+def _ready(metrics) -> bool:
+    """Whether the device has finished the step of these metrics."""
+    return all(v.is_ready() for v in jax.tree.leaves(metrics))
 
 
 def _check_best(config, metrics):
@@ -239,7 +272,9 @@ def _listen(stop):
         print(f"\n{signal.Signals(signum).name}: saving after this step ...", flush=True)
         stop.set()
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    # Of several processes, jax handles SIGTERM (_asked_to_stop).
+    signals = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
+    before = {s: signal.signal(s, handle) for s in signals}
     return lambda: [signal.signal(s, h) for s, h in before.items()]
 
 
@@ -306,10 +341,9 @@ def _times(this, state, batch, first):
     return jax.device_get(this.jit(draw)(state, this.frozen, {**batch, **blank}, first + np.arange(count, dtype=np.int32)))
 
 
-def _facts(this, train_step, compiled, state, batch, first):
-    """The card's content."""
+def _facts(this, train_step, compiled, state, batch, drawn, rates):
+    """The card's content. drawn: times that the first steps draw, or None; rates: learning rate as a function of the step, by role."""
     config = this.config
-    drawn = _times(this, state, batch, first)
     memory = compiled.memory_analysis()
     flops_per_step = flops.count(train_step, state, this.frozen, batch)
     dtypes = {str(v.dtype) for v in jax.tree.leaves(state.params)}
@@ -320,7 +354,7 @@ def _facts(this, train_step, compiled, state, batch, first):
         "data": this.pipeline.manifest,
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},
         "times": {"share of t in each tenth": card.histogram(drawn)} if drawn is not None else "none",
-        "learning rate at step": {k: card.schedule_points(s, config["steps"]) for k, s in this.schedules.items()},
+        "learning rate at step": {k: card.schedule_points(rate, config["steps"]) for k, rate in rates.items()},
         "averages": card.averages(this.averages, config["steps"]) or "none",
         "dtypes": {"parameters": sorted(dtypes), "compute": getattr(this.roles["net"].module, "dtype", "float32")},
         "mesh": {**dict(this.mesh.shape), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "processes": jax.process_count()},

@@ -1,10 +1,9 @@
 """Pictures in the workdir: sample grids, scatter plots of 2-D data, training curves."""
 
-import pathlib
-
 import numpy as np
 
 from flowjax.evals.image import to_uint8
+from flowjax.train import files
 
 
 def grid(images, path, columns: int = 10, least: int = 32):
@@ -20,8 +19,15 @@ def grid(images, path, columns: int = 10, least: int = 32):
     images = images.repeat(factor, 1).repeat(factor, 2)
     images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
     sheet = images.reshape(rows, columns, *images.shape[1:]).swapaxes(1, 2).reshape(rows * images.shape[1], columns * images.shape[2], c)
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet[..., 0] if c == 1 else sheet[..., :3]).save(path)
+    image = Image.fromarray(sheet[..., 0] if c == 1 else sheet[..., :3])
+    _write(path, lambda file: image.save(file, format="PNG"))
+
+
+def _write(path, draw):
+    path = files.path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        draw(file)
 
 
 def _figure(*size):
@@ -38,8 +44,7 @@ def scatter(points, path, labels=None, limit: float | None = None):
     axes.scatter(points[:, 0], points[:, 1], s=2, c=labels, cmap="tab10")
     limit = limit or float(np.quantile(np.abs(points), 0.999) * 1.2)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
 def samples(x, path, labels=None):
@@ -52,9 +57,8 @@ def samples(x, path, labels=None):
 
 
 def curves(rows, path):
-    """Plot every metric of metrics.jsonl rows over the step, one panel each."""
-    skip = {"step", "wall"}
-    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in skip]
+    """Plot every metric of metrics.jsonl rows over the step, one panel each; of the clock, goodput alone."""
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("step", "wall") and not k.startswith("seconds/")]
     names = [k for k in names if any(isinstance(row.get(k), (int, float)) for row in rows)]
     if not names:
         return
@@ -71,4 +75,4 @@ def curves(rows, path):
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    _write(path, lambda file: figure.savefig(file, dpi=100, format="png"))
