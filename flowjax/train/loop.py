@@ -91,8 +91,8 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         compiled = compiling.result()
     say = log.Log(workdir, first, steps, config["log"]["tensorboard"], config["log"]["progress"])
     cleanup.callback(say.close)
-    rates = {k: jax.jit(schedule) for k, schedule in this.schedules.items()}
-    facts = _facts(this, train_step, compiled, state, batch, drawn, rates)
+    rate = {k: jax.jit(schedule) for k, schedule in this.schedules.items()}
+    facts = _facts(this, train_step, compiled, state, batch, drawn, rate)
     if first == 0:
         say.say(card.write(workdir, facts))
     else:
@@ -112,8 +112,9 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
             say.flush()
             pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
 
-    def report(step, metrics):
-        """Read the metrics of a finished step; NonFinite names what went wrong."""
+    def report(step, metrics, rates):
+        """Read the metrics of a finished step; NonFinite names what went wrong. Nothing here may ask the device for more, which
+        is busy with the step after."""
         metrics = jax.device_get(metrics)
         finite = metrics.pop("finite")
         for role, flags in finite.items():
@@ -135,8 +136,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         elapsed = now["step"] - window["since"]["step"] + waited
         speed = window["done"] / elapsed
         row |= {"steps_per_second": speed, "data_wait": waited / elapsed}
-        for role, rate in rates.items():
-            row[f"rate/{role}" if len(rates) > 1 else "rate"] = float(rate(np.float32((step - 1) // this.every[role])))
+        row |= {f"rate/{role}" if len(rates) > 1 else "rate": float(rate) for role, rate in rates.items()}
         if peak := card.peak_flops():
             row["mfu"] = flops_per_step * speed / (peak * jax.device_count())
         say.write(step, row | clock.row())
@@ -152,12 +152,13 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         clock.enter("data")
         batch = mesh_lib.place(next(this.pipeline), this.mesh)
         clock.enter("step", was="data" if pending is None or _ready(pending[1]) else "step")
+        rates = {k: fn(np.float32(step // this.every[k])) for k, fn in rate.items()}
         state, metrics = compiled(state, this.frozen, batch)
         step += 1
         if pending:
             report(*pending)
             say.advance(pending[0], loss=_first_loss(pending[1]))
-        pending = step, metrics
+        pending = step, metrics, rates
         every = {k: config[k]["every"] for k in ("checkpoint", "validation", "sample")}
         due = {k: n > 0 and (step % n == 0 or step == steps) for k, n in every.items()}
         kept = [k for k, (_, every) in this.snapshots.items() if step % every == 0 or step == steps]
@@ -341,8 +342,8 @@ def _times(this, state, batch, first):
     return jax.device_get(this.jit(draw)(state, this.frozen, {**batch, **blank}, first + np.arange(count, dtype=np.int32)))
 
 
-def _facts(this, train_step, compiled, state, batch, drawn, rates):
-    """The card's content. drawn: times that the first steps draw, or None; rates: learning rate as a function of the step, by role."""
+def _facts(this, train_step, compiled, state, batch, drawn, rate):
+    """The card's content. drawn: times that the first steps draw, or None; rate: learning rate as a function of the step, by role."""
     config = this.config
     memory = compiled.memory_analysis()
     flops_per_step = flops.count(train_step, state, this.frozen, batch)
@@ -354,7 +355,7 @@ def _facts(this, train_step, compiled, state, batch, drawn, rates):
         "data": this.pipeline.manifest,
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},
         "times": {"share of t in each tenth": card.histogram(drawn)} if drawn is not None else "none",
-        "learning rate at step": {k: card.schedule_points(rate, config["steps"]) for k, rate in rates.items()},
+        "learning rate at step": {k: card.schedule_points(fn, config["steps"]) for k, fn in rate.items()},
         "averages": card.averages(this.averages, config["steps"]) or "none",
         "dtypes": {"parameters": sorted(dtypes), "compute": getattr(this.roles["net"].module, "dtype", "float32")},
         "mesh": {**dict(this.mesh.shape), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "processes": jax.process_count()},
