@@ -1,7 +1,7 @@
 """Train: python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.model.depth=6 ...]
 
-The same command resumes. Ctrl-C or SIGTERM (to any one of several processes) saves and leaves. Exit codes: 0 done or saved,
-2 bad settings, 3 a loss that is not finite, 4 another process of the job is gone.
+The same command resumes. Ctrl-C or SIGTERM (to any one of several processes) saves and leaves. Exit codes: 0 done,
+or saved and left (--stopped chooses another), 2 bad settings, 3 a loss that is not finite, 4 another process of the job is gone.
 
 Several processes: start this command once on each machine with --coordinator=auto, or with --coordinator=host:port
 --processes=N --process_id=i, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment.
@@ -22,22 +22,23 @@ COORDINATOR = flags.DEFINE_string("coordinator", "", 'Several processes: host:po
 PROCESSES = flags.DEFINE_integer("processes", 0, "Several processes: how many.")
 PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is.")
 HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Several processes: seconds of silence after which one counts as dead.")
+STOPPED = flags.DEFINE_integer("stopped", 0, "Exit code of a run that saved and left before its end; launchers tell it by that.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
     runtime.setup(*runtime.job(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value), HEARTBEAT.value)
-    from flowjax.train import loop
+    from flowjax.train import loop, settings
 
     try:
-        loop.run(CONFIG.value, WORKDIR.value, began=BEGAN)
+        step = loop.run(CONFIG.value, WORKDIR.value, began=BEGAN)
     except loop.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except Exception as error:
         runtime.leave(error)
         raise
-    return 0
+    return STOPPED.value if step < settings.resolve(CONFIG.value)["steps"] else 0
 
 
 if __name__ == "__main__":
