@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.config import ConfigError
+from flowjax.train import files
 
 log = logging.getLogger(__name__)
 
@@ -210,11 +211,10 @@ def _reason(error) -> str:
 
 
 def _absolute(directory):
-    """Absolute path; bucket paths (gs://...) pass through etils."""
+    """etils' epath of an absolute path, which orbax asks for, or of a bucket's."""
     from etils import epath
 
-    directory = str(directory)
-    return epath.Path(directory if "://" in directory else pathlib.Path(directory).absolute())
+    return epath.Path(directory if files.remote(directory) else pathlib.Path(directory).absolute())
 
 
 def save_tree(directory, params):
@@ -251,14 +251,14 @@ def load_part(directory, part: str, target, step: int | None = None):
     """(tree, step): only the subtree `part` ("params/net", "ema/ema") of a run's state, from its newest intact checkpoint."""
     from orbax.checkpoint import v1 as ocp
 
-    root = pathlib.Path(directory)
+    root = _absolute(directory)
     steps = sorted((int(p.name) for p in root.iterdir() if p.name.isdigit()), reverse=True)
     if not steps or (step is not None and step not in steps):
         raise ConfigError(f"no checkpoint{'' if step is None else f' of step {step}'} in {directory}; there are {steps[::-1]}")
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     for candidate in steps if step is None else [step]:
-        place = _absolute(root / str(candidate))
+        place = root / str(candidate)
         try:
             extra = _opened(ocp.load_checkpointables(place, {"extra": None})["extra"])
             wanted = target

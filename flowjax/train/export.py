@@ -7,7 +7,6 @@
 """
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +15,29 @@ import numpy as np
 from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
-from flowjax.train import ema, posthoc
+from flowjax.train import ema, files, posthoc
 from flowjax.train.roles import build_role
 
 
 def write(out, params, info: dict):
     """Write an export directory; config.json comes last, so an export cut short is not mistaken for a whole one."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    out = pathlib.Path(out)
+    out = files.path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)
     params = ck.host(params)
     ck.save_tree(out / "params", params)
     # safetensors writes a strided view wrongly without a word; every array is made contiguous first.
     flat = {k.replace("/", "."): np.ascontiguousarray(v) for k, v in zip(ck.names_of(params), jax.tree.leaves(params))}
-    save_file(flat, str(out / "model.safetensors"), metadata={"format": "flowjax"})
+    (out / "model.safetensors").write_bytes(save(flat, metadata={"format": "flowjax"}))
     info = {**info, "fingerprints": ck.fingerprints(params)}
     (out / "config.json").write_text(json.dumps(info, indent=1, sort_keys=True, default=str))
 
 
 def info_of(path) -> dict:
     """config.json of an export or a workdir, as {"model", "path", "prediction", ...}."""
-    path = pathlib.Path(path)
+    path = files.path(path)
     file = path / "config.json"
     if not file.exists():
         raise ConfigError(f"{path} is neither an export nor a workdir: it has no config.json")
@@ -75,7 +74,7 @@ def load(path, weights: str = "ema", step: int | None = None, where: str = "chec
     weights, for a workdir: the name of an average ("ema"), or "params" for the raw weights; posthoc_std > 0: instead, the
     power average of that width, reconstructed from the run's snapshots (flowjax.train.posthoc). An export has one set.
     """
-    path = pathlib.Path(path)
+    path = files.path(path)
     info = info_of(path)
     role = role_of(info, where)
     target = abstract(role, info)
@@ -98,7 +97,7 @@ def load(path, weights: str = "ema", step: int | None = None, where: str = "chec
 
 def codec_of(path, info, where: str = "checkpoint"):
     """The Latents codec that a network works with, or None: from the export itself, or from where the run took it."""
-    nested = pathlib.Path(path) / "vae"
+    nested = files.path(path) / "vae"
     section = info.get("config", {}).get("roles", {}).get("vae")
     if not nested.exists() and not section:
         return None
@@ -116,11 +115,11 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
     section = info.get("config", {}).get("roles", {}).get("vae")
-    nested = pathlib.Path(source) / "vae"
+    nested = files.path(source) / "vae"
     if nested.exists() or section:
         origin = (nested, "ema") if nested.exists() else (section["checkpoint"], section["weights"])
         _, vae_params, vae_info = load(*origin, where="roles.vae")
-        write(pathlib.Path(out) / "vae", vae_params, vae_info)
+        write(files.path(out) / "vae", vae_params, vae_info)
     write(out, params, info)
     return info
 
