@@ -456,3 +456,19 @@ def test_sizes_that_differ_need_resize(tmp_path):
     pipe = pipeline(section | {"resize": 4}, 4, 0)
     assert pipe.shape == (4, 4, 3)
     assert sorted(np.rint((next(pipe)["x"] + 1) * 127.5)[:, 0, 0, 0]) == [0, 10, 20, 30]
+
+
+def test_expectations_of_the_data(tmp_path):
+    """expect_shape and expect_classes are promises: checked where the data are, believed where they are not."""
+    rows = (("train", f"row {i}", {"x": np.full((4, 4, 2), i, np.float16), "label": i % 3}) for i in range(8))
+    records.write(tmp_path / "d", rows, name="latents", num_classes=3)
+    section = {"name": "array_record", "path": str(tmp_path / "d"), "expect_shape": (4, 4, 2), "expect_classes": 3}
+    batch = next(pipeline(section, 8, 0, shuffle=False))
+    assert batch["x"].dtype == np.float32 and batch["x"].shape == (8, 4, 4, 2)
+    np.testing.assert_array_equal(batch["x"][:, 0, 0, 0], np.arange(8))
+    with pytest.raises(records.DataError, match=r"examples of shape \(4, 4, 2\), but data.expect_shape = \(4, 4, 4\)"):
+        pipeline({**section, "expect_shape": (4, 4, 4)}, 8, 0)
+    with pytest.raises(records.DataError, match="has 3 classes, but data.expect_classes = 4"):
+        pipeline({**section, "expect_classes": 4}, 8, 0)
+    promise = module.declared({**section, "path": "nowhere"})
+    assert promise.shape == (4, 4, 2) and promise.num_classes == 3 and promise.manifest["declared"]

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from flowjax.data import records
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
@@ -64,16 +66,17 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def check_workdir(workdir):
+def check_workdir(workdir, drawn=True):
     for name in ("config.json", "card.txt", "card.json", "metrics.jsonl", "curves.png", "checkpoints", "tensorboard"):
         assert (workdir / name).exists(), name
     losses = [row["loss"] for row in rows(workdir) if "loss" in row]
     assert len(losses) == 4 and all(isinstance(v, float) for v in losses)
-    assert list((workdir / "samples").glob("*.png"))
+    assert bool(list((workdir / "samples").glob("*.png"))) == drawn
 
 
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
+    mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512"}
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -101,6 +104,35 @@ def test_digits(shell, digits):
         (shell.home / "away").rename(digits)
     a, b = (np.load(shell.home / k / "samples.npz")["x"] for k in "ab")
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def latents(shell):
+    """Records such as the ImageNet configs ask for: normalised float16 latents and labels, here 8x8 and random."""
+    rng = np.random.default_rng(0)
+    rows = (("train", f"row {i}", {"x": rng.standard_normal((8, 8, 4)).astype(np.float16), "label": i}) for i in range(32))
+    records.write(shell.home / "latents", rows, name="latents", num_classes=1000)
+    return shell.home / "latents"
+
+
+@pytest.mark.parametrize("name", ["imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512"])
+def test_imagenet(shell, latents, name):
+    shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke:{latents}", f"--workdir={name}")
+    check_workdir(shell.home / name, drawn=False)  # latents alone are no picture
+    said = shell("experiments.train", f"--config={ROOT}/configs/{name}.py:{latents}", "--config.mesh.fsdp=1", "--workdir=other", code=2)
+    assert "examples of shape (8, 8, 4), but data.expect_shape = " in said and not (shell.home / "other").exists()
+
+
+def test_plan(shell):
+    """Compiles for four devices what is not here: the paper's data; prints and saves."""
+    command = ("tools.plan", f"--config={ROOT}/configs/imagenet_sit_xl2.py:smoke:nowhere", "--topology=cpu:4", "--config.mesh.fsdp=2")
+    said = shell(*command, "--out=plan.json")
+    assert "train step: batch 8 on 4 devices, data 2 x fsdp 2" in said and "sampler: batch 8" in said
+    found = json.loads((shell.home / "plan.json").read_text())
+    assert found["step"]["flops"]["ratio"] > 0.99 and found["topology"] == "cpu:4"
+    said = shell(*command, "--search", "--fsdp=1,4", "--remat=full", "--nosampler")
+    assert "best first" in said and said.count("step: batch 8 on 4 devices") == 2
+    assert "--topology=v5e-16" in shell("tools.plan", f"--config={ROOT}/configs/digits.py", "--topology=v5e-16", code=2)
 
 
 @pytest.mark.parametrize("name", ["digits_ddpm", "digits_edm", "digits_ct"])

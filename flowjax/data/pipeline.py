@@ -31,9 +31,12 @@ _ORDER, _FLIP = 0, 1  # purposes of random numbers
 _PIXELS = {"image": "x", "x": "x", "win": "win", "lose": "lose"}  # column of a source -> entry of a batch
 
 
-def _transforms(pad: int = 0, resize: int = 0, flip: bool = False) -> tuple[int, int, bool]:
-    """Settings of every image section: resize (shorter side, centre crop), then pad with black to a size; random flips."""
-    return pad, resize, flip
+def _common(pad: int = 0, resize: int = 0, flip: bool = False, expect_shape: tuple = (), expect_classes: int = -1):
+    """Settings of every section: resize (shorter side, centre crop), then pad with black to a size; random flips.
+
+    expect_shape and expect_classes say what the finished examples must be; with them a run can be planned without the data.
+    """
+    return pad, resize, flip, tuple(expect_shape), expect_classes
 
 
 class _Part:
@@ -42,11 +45,11 @@ class _Part:
     def __init__(self, section: Mapping[str, Any] | str, split: str):
         name, settings = split_section(section, "data")
         source = lookup(SOURCES, name, "data.name")
-        common, own = arguments(_transforms), arguments(source, ("split",))
+        common, own = arguments(_common), arguments(source, ("split",))
         if unknown := [k for k in settings if k not in common and k not in own]:
             raise ConfigError(f"data.{unknown[0]} is unknown for {name}; valid: {', '.join([*own, *common])}")
-        chosen = check(_transforms, {k: v for k, v in settings.items() if k in common}, "data")
-        self.pad, self.resize, self.flip = _transforms(**chosen)
+        chosen = check(_common, {k: v for k, v in settings.items() if k in common}, "data")
+        self.pad, self.resize, self.flip, shape, classes = _common(**chosen)
         self.source = source(split, **check(source, {k: v for k, v in settings.items() if k in own}, "data", ("split",)))
         self.manifest = dict(self.source.manifest) | {"transforms": chosen}
         if not _PIXELS.keys() & set(self.manifest["columns"]):
@@ -54,6 +57,10 @@ class _Part:
             raise ConfigError(f"{self.manifest['name']} has only {found}; one of these is needed: {', '.join(_PIXELS)}")
         self.num_classes = self.manifest["num_classes"]
         self.shape = self._final_shape()
+        if shape and self.shape != shape:
+            raise DataError(f"{self.manifest['name']} has examples of shape {self.shape}, but data.expect_shape = {shape}")
+        if classes >= 0 and self.num_classes != classes:
+            raise DataError(f"{self.manifest['name']} has {self.num_classes} classes, but data.expect_classes = {classes}")
         self._cache = None
         count = self.manifest["count"]
         if count is not None and count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize <= CACHE_BYTES:
@@ -121,7 +128,8 @@ def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key in columns.keys() & _PIXELS.keys():
         value = columns[key]
-        batch[_PIXELS[key]] = value.astype(np.float32) / np.float32(127.5) - np.float32(1) if value.dtype == np.uint8 else value
+        value, stored = value.astype(np.float32, copy=False), value.dtype
+        batch[_PIXELS[key]] = value / np.float32(127.5) - np.float32(1) if stored == np.uint8 else value
     batch["cond"] = {"label": columns["label"]} if "label" in columns else {}
     return batch
 
@@ -273,6 +281,25 @@ def pipeline(
             "parts": [p.manifest for p in parts],
         }
     return Pipeline(_Batches(parts, weights, batch_size, seed, process_index, process_count, shuffle, count), manifest, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+    """What a section says of its data; stands in for a Pipeline where a program is compiled and not run."""
+
+    shape: tuple[int, ...]
+    num_classes: int
+    manifest: Mapping[str, Any]
+
+
+def declared(section: Mapping[str, Any] | str) -> Declared:
+    """The data that `expect_shape` and `expect_classes` promise, without looking for it."""
+    name, settings = split_section(section, "data")
+    chosen = {**{k: p.default for k, p in arguments(_common).items()}, **{k: v for k, v in settings.items() if k.startswith("expect_")}}
+    if not chosen["expect_shape"] or chosen["expect_classes"] < 0:
+        raise ConfigError("data.expect_shape and data.expect_classes are needed to plan without the data")
+    shape, classes = tuple(chosen["expect_shape"]), chosen["expect_classes"]
+    return Declared(shape, classes, {"name": name, "shape": list(shape), "num_classes": classes, "declared": True})
 
 
 def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None) -> dict[str, Any]:

@@ -30,6 +30,32 @@ def _param(module: nn.Module, name: str, init: Callable, axes: Sequence[str | No
     return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape), jnp.float32)
 
 
+def matmul(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
+    """x (..., in) @ float32 kernel (in, out), computed and returned in `dtype`; the kernel's gradient is float32 all the way.
+
+    The derivative of kernel.astype(bfloat16) would round each device's gradient to bfloat16 BEFORE it is summed over the batch's
+    devices. Here the product that makes it reads bfloat16 and writes float32, which is what the sum then adds.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return x.astype(dtype) @ kernel.astype(dtype)
+    return _half_matmul(x.astype(dtype), kernel)
+
+
+@jax.custom_jvp
+def _half_matmul(x, kernel):
+    return x @ kernel.astype(x.dtype)
+
+
+@_half_matmul.defjvp
+def _(primals, tangents):
+    (x, kernel), (dx, dkernel) = primals, tangents
+    # Inputs of half precision, sums and results of float32; the transposed product, which makes the gradient, inherits it.
+    exact = {jnp.bfloat16: jax.lax.DotAlgorithmPreset.BF16_BF16_F32, jnp.float16: jax.lax.DotAlgorithmPreset.F16_F16_F32}[x.dtype.type]
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    change = jax.lax.dot_general(x.astype(jnp.float32), dkernel, contract, precision=exact, preferred_element_type=jnp.float32)
+    return _half_matmul(x, kernel), dx @ kernel.astype(x.dtype) + change.astype(x.dtype)
+
+
 class Linear(nn.Module):
     """y = x W + b on the last axis; W is (in, features) with logical axes `axes`, b has the last of them."""
 
@@ -43,7 +69,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = _param(self, "kernel", self.kernel_init, self.axes, (x.shape[-1], self.features))
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = matmul(x, kernel, self.dtype)
         if self.bias:
             y = y + _param(self, "bias", self.bias_init, self.axes[-1:], (self.features,)).astype(self.dtype)
         return y

@@ -74,11 +74,13 @@ def check_evaluation(section):
 class Run:
     """Everything of a run that is built once; `flowjax.train.loop` is the loop over it."""
 
-    def __init__(self, config):
+    def __init__(self, config, devices=None, data=None):
+        """devices: those of the mesh, by default all of this job; others, of a machine that is not here, allow compiling only.
+        data: stands in for the pipeline (flowjax.data.pipeline.declared)."""
         self.config = config = settings.resolve(config)
         check_evaluation(config["evaluate"])
         self.objective = objectives.build(config["objective"])
-        self.mesh = mesh_lib.make_mesh(**config["mesh"])
+        self.mesh = mesh_lib.make_mesh(**config["mesh"], devices=devices)
         self.rules = {**sharding.RULES, **{k: tuple(v) if isinstance(v, list) else v for k, v in config["rules"].items()}}
         unknown = set(config["rules"]) - set(sharding.RULES)
         if unknown:
@@ -87,7 +89,7 @@ class Run:
             if wrong := {*((axes,) if isinstance(axes, str) else axes or ())} - {*mesh_lib.AXES}:
                 raise ConfigError(f"rules.{name} = {axes!r}: no mesh axis {min(wrong)!r}; valid: {', '.join(mesh_lib.AXES)}, None")
         mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh)
-        self.pipeline = self.stream("train", config["seed"])
+        self.pipeline = data or self.stream("train", config["seed"])
         self.roles, self.loaded = build_roles(config, self.objective)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
@@ -167,10 +169,9 @@ class Run:
             ema={k: mesh_lib.like(abstract.ema[k], abstract.params[of], places[of]) for k, (_, of) in self.averages.items()},
         )
         self.target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
-        self.frozen = {}
-        for name, (params, _) in self.loaded.items():
-            if name not in self.trained:
-                self.frozen[name] = jax.device_put(params, jax.tree.map(lambda _: replicated, params))
+        here = {*self.mesh.devices.flat} <= {*jax.devices()}
+        put = lambda v: jax.device_put(v, replicated) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated)  # noqa: E731
+        self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in self.trained}
 
     def fresh(self):
         """The state at step 0, created straight into its shards; roles with a checkpoint start from it."""
@@ -199,6 +200,14 @@ class Run:
             out_shardings=(self.shardings, replicated),
             donate_argnums=0,
         )
+
+    def batch(self):
+        """The global batch as ShapeDtypeStructs, for compiling ahead of time."""
+        rows = mesh_lib.batch_sharding(self.mesh)
+        one = lambda shape, dtype: jax.ShapeDtypeStruct((self.config["batch_size"], *shape), dtype, sharding=rows)  # noqa: E731
+        names = ("win", "lose") if "win" in self.pipeline.manifest.get("columns", ()) else ("x",)
+        cond = {"label": one((), jnp.int32)} if self.pipeline.num_classes else {}
+        return {**{k: one(self.pipeline.shape, jnp.float32) for k in names}, "cond": cond}
 
     def jit(self, fn):
         """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""

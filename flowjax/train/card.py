@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.train import ema as ema_lib
-
-# Dense bf16 peak, TFLOP/s per chip (vendor figures).
-PEAKS = {"v4": 275, "v5e": 197, "v5 lite": 197, "v5p": 459, "v6e": 918, "v6 lite": 918, "A100": 312, "H100": 989, "H200": 989}
+from flowjax.train import hardware
 
 
 def peak_flops() -> float | None:
     """bf16 FLOP/s of one device of this kind, or None where it is not known (CPU)."""
-    kind = jax.devices()[0].device_kind
-    return next((1e12 * v for k, v in PEAKS.items() if k.lower() in kind.lower()), None)
+    chip = hardware.here()
+    return chip and chip.flops
 
 
 def size(tree) -> int:

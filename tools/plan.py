@@ -1,0 +1,271 @@
+"""What a config would do on a machine that is not here: the real train step and sampler, compiled ahead of time.
+
+    python -m tools.plan --config=configs/imagenet_dit_xl2.py --topology=v5e:16x16
+    python -m tools.plan --config=configs/imagenet_dit_xl2.py --topology=v5e:16x16 --config.batch_size=4096 --config.mesh.fsdp=256
+    python -m tools.plan --config=configs/imagenet_dit_xl2.py --topology=v5e:16x16 --search
+    python -m tools.plan --config=configs/digits.py --topology=cpu:8
+
+TPU topologies (v5e, v5p, v6e; v5e:4x4, v5p:4x4x4, ...) are compiled by XLA's TPU compiler, which needs the package libtpu
+(the extra flowjax[plan]) and no TPU. Printed, and saved by --out as JSON: memory per device against the chip's, operations
+against the analytic count, collectives by kind, and a roofline. Nothing is run: times are BOUNDS from vendor figures
+(flowjax.train.hardware), not measurements.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import time
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import shell
+from flowjax.config import ConfigError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:arg]; --config.key=value overrides.", lock_config=True)
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:8x8, ... or cpu:<devices>.", required=True)
+SLICES = flags.DEFINE_integer("slices", 1, "How many such TPU slices, joined by the data centre's network.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "", "JSON file to write.")
+HLO = flags.DEFINE_string("hlo", "", "File for the compiled text of the train step.")
+SAMPLER = flags.DEFINE_boolean("sampler", True, "Compile the sampler as well.")
+SEARCH = flags.DEFINE_boolean("search", False, "Try the meshes and remat policies below and rank those that fit.")
+FSDP = flags.DEFINE_list("fsdp", [], "Sizes of mesh.fsdp to search; default: 1, the devices, and about their square root.")
+TENSOR = flags.DEFINE_list("tensor", ["1"], "Sizes of mesh.tensor to search.")
+REMAT = flags.DEFINE_list("remat", ["none", "attention", "full"], "Policies of model.remat to search, least recomputation first.")
+flags.mark_flag_as_required("config")
+
+TPUS = ("v5e", "v5p", "v6e")
+EXAMPLES = "v5e:2x2, v5e:4x4, v5e:16x16, v5p:2x2x1, v5p:4x4x4, v6e:8x8, cpu:8"
+
+
+def devices_of(topology: str, slices: int = 1):
+    """(devices, Chip or None) of a topology's name."""
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and shape.isdigit() and int(shape) > 0 and slices == 1:
+        import jax
+
+        with contextlib.suppress(RuntimeError):  # the backend runs already; it may have enough devices
+            jax.config.update("jax_num_cpu_devices", int(shape))
+        if len(jax.devices()) < int(shape):
+            raise ConfigError(f"--topology={topology}: this process has {len(jax.devices())} CPU devices already")
+        return jax.devices()[: int(shape)], None
+    if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
+        raise ConfigError(f"--topology={topology} (--slices={slices}) is unknown; valid are for example {EXAMPLES}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("compiling for TPUs needs the package libtpu: pip install 'flowjax[plan]' (best in an environment of its own)")
+    # Without these libtpu looks for a TPU, and refuses a second process.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3")
+    from jax.experimental import topologies
+
+    from flowjax.train import hardware
+
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **({"num_slices": slices} if slices > 1 else {}))
+    except Exception as error:
+        raise ConfigError(f"--topology={topology}: {str(error).splitlines()[0]}; valid are for example {EXAMPLES}") from None
+    return described.devices, hardware.CHIPS[kind]
+
+
+def assemble(config, devices):
+    """A Run on those devices; data that are not here are taken at the config's word."""
+    from flowjax.data.pipeline import declared
+    from flowjax.train.assembly import Run
+
+    section = config["data"]
+    promised = not isinstance(section, str) and section.get("expect_shape")
+    return Run(config, devices=devices, data=declared(section) if promised else None)
+
+
+def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
+    """Compile the train step ("step") or the sampler ("sampler") of a Run and describe the program."""
+    import jax
+
+    from flowjax.models import flops
+    from flowjax.train import card, hlo
+
+    fn, arguments = (run.step(), (run.target, run.frozen, run.batch())) if what == "step" else _sampler(run)
+    count = run.mesh.size
+    out = {"mesh": dict(run.mesh.shape), "devices": count, "batch": run.config["batch_size"] if what == "step" else run.config["sample"]["count"]}
+    start = time.time()
+    lowered = fn.lower(*arguments)
+    out["trace_seconds"], start = time.time() - start, time.time()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return out | {"fits": False, "refused": str(error).splitlines()[0], "memory": {"state": card.bytes_per_device(run.target)}}
+    out["compile_seconds"] = time.time() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if save_text:
+        pathlib.Path(save_text).write_text(text)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    out["memory"] = {
+        "state": card.bytes_per_device(run.target), "arguments and results": held, "temporaries": memory.temp_size_in_bytes,
+        "total": total, "limit": chip.memory if chip else None,
+    }  # fmt: skip
+    out["fits"] = chip is None or total <= chip.memory
+    exchanges = hlo.collectives(text, count)
+    kinds = sorted({c.kind for c in exchanges})
+    out["collectives"] = {
+        kind: {"per step": sum(c.turns for c in exchanges if c.kind == kind), "bytes sent": sum(c.sent for c in exchanges if c.kind == kind)} for kind in kinds
+    }
+    out["largest"] = [{**c._asdict(), "sent": c.sent} for c in sorted(exchanges, key=lambda c: -c.sent)[:5]]
+    sent = sum(c.sent for c in exchanges)
+    # What the model needs, once: a program that recomputes or repeats work on several devices executes more.
+    needed, executed = flops.count(_needed(run, what), *arguments), hlo.flops(text) * count
+    out["flops"] = {"needed": needed, "executed": executed, "ratio": executed / needed}
+    if chip:
+        # At least this much goes through memory: what a step is given, gives back, and keeps in between (written and read).
+        traffic = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
+        seconds = {"compute": executed / count / chip.flops, "memory": traffic / chip.bandwidth, "network": sent / chip.ring}
+        step, ideal = max(seconds.values()), needed / count / chip.flops
+        out["roofline"] = {
+            "seconds": seconds, "step": step, "bound by": max(seconds, key=seconds.get), "mfu at most": ideal / step,
+            "mfu if nothing overlaps": ideal / sum(seconds.values()),
+        }  # fmt: skip
+    return out
+
+
+def _needed(run, what):
+    """The same function without recomputation, whose products are what utilisation is measured in."""
+    if what != "step" or getattr(run.roles["net"].module, "remat", "none") == "none":
+        return run.step() if what == "step" else _sampler(run)[0]
+    plain = assemble({**run.config, "model": {**run.config["model"], "remat": "none"}}, [*run.mesh.devices.flat])
+    return plain.step()
+
+
+def _sampler(run):
+    """(jitted sampler, its arguments) as the run's pictures are made: config.sample on the first average or the parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from flowjax import generate
+    from flowjax.train import generator
+
+    section, shape = run.config["sample"], run.example[0].shape[1:]
+    guidance, besides = generator.second_network(section["guidance"], shape)
+    codec = run.roles["vae"].net(run.loaded["vae"][0]) if "vae" in run.roles else None
+    options = {k: section[k] for k in ("steps", "sampler", "grid")}
+    fn = run.jit(generate.make(run.roles["net"], shape, guidance=guidance, besides=besides, codec=codec, **options))
+    seen = lambda dtype: jax.ShapeDtypeStruct((section["count"],), dtype, sharding=jax.NamedSharding(run.mesh, jax.P()))  # noqa: E731
+    cond = {"label": seen(jnp.int32)} if run.pipeline.num_classes else {}
+    return fn, (run.target.params["net"], section["seed"], seen(jnp.int32), cond)
+
+
+def advice(found: dict, config, chip) -> list[str]:
+    """What to change where a plan does not fit, or is far from bound by its arithmetic."""
+    mesh, lines = found["mesh"], []
+    if not found["fits"]:
+        state = found["memory"]["state"]
+        if chip and state > chip.memory / 2:
+            lines.append(f"the state alone takes {_gib(state)} a device: split it further (config.mesh.fsdp, now {mesh['fsdp']}, or tensor)")
+        if config["model"].get("remat", "full") != "full":
+            lines.append("recompute more in the backward pass: config.model.remat = attention, dots_no_batch or full")
+        rows = config["batch_size"] // (mesh["data"] * mesh["fsdp"])
+        if rows > 1:
+            lines.append(f"a device holds {rows} examples: config.accumulate up to {rows}, or a smaller config.batch_size")
+        elif mesh["context"] == 1:
+            lines.append("a device holds one example: split its tokens (config.mesh.context) or its features (config.mesh.tensor)")
+    elif found.get("roofline", {}).get("bound by") == "network":
+        lines.append("the network is the bound: more examples a device (config.batch_size), less fsdp where memory allows, or --search")
+    elif found.get("roofline", {}).get("bound by") == "memory":
+        lines.append("memory traffic is the bound: more examples a device, or less kept between passes")
+    return lines
+
+
+def report(found: dict, what: str) -> str:
+    """A plan as text."""
+    mesh = " x ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1) or "one device"
+    lines = [f"{what}: batch {found['batch']} on {found['devices']} devices, {mesh}"]
+    if "refused" in found:
+        return "\n".join([*lines, f"  DOES NOT FIT: {found['refused']}", f"  of which the state takes {_gib(found['memory']['state'])}"])
+    memory, work = found["memory"], found["flops"]
+    limit = f" of {_gib(memory['limit'])}" if memory["limit"] else ""
+    lines += [
+        f"  memory per device: {_gib(memory['total'])}{limit}{'' if found['fits'] else ': DOES NOT FIT'}"
+        f" (arguments and results {_gib(memory['arguments and results'])}, temporaries {_gib(memory['temporaries'])})",
+        f"  operations: {work['needed'] / 1e12:.4g} TFLOP needed (analytic), {work['executed'] / 1e12:.4g} executed, ratio {work['ratio']:.3f}",
+        *(f"  {kind}: {v['per step']} a step, {v['bytes sent'] / 2**20:.4g} MiB sent by a device" for kind, v in found["collectives"].items()),
+    ]
+    if line := found.get("roofline"):
+        times = ", ".join(f"{k} {1e3 * v:.3g} ms" for k, v in line["seconds"].items())
+        lines += [
+            f"  roofline: {times}; bound by {line['bound by']}: at least {1e3 * line['step']:.3g} ms",
+            f"  model-FLOPs utilisation: at most {100 * line['mfu at most']:.1f} %, {100 * line['mfu if nothing overlaps']:.1f} % if nothing overlaps",
+        ]
+    return "\n".join([*lines, f"  traced in {found['trace_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s"])
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB"
+
+
+def search(config, devices, chip) -> list[dict]:
+    """Plans of every mesh asked for, each with the first remat policy that fits, best first; those that do not fit last."""
+    count, found = len(devices), []
+    root = max(n for n in range(1, count + 1) if count % n == 0 and n * n <= count)
+    sizes = [int(n) for n in FSDP.value] or sorted({1, root, count})
+    for tensor in map(int, TENSOR.value):
+        for fsdp in sizes:
+            for remat in REMAT.value if "remat" in _fields(config) else [None]:
+                changed = {**config, "mesh": {"data": -1, "fsdp": fsdp, "tensor": tensor, "context": config["mesh"].get("context", 1)}}
+                if remat:
+                    changed["model"] = {**config["model"], "remat": remat}
+                try:
+                    one = plan(assemble(changed, devices), chip)
+                except ConfigError as error:
+                    print(f"fsdp {fsdp}, tensor {tensor}: {error}", flush=True)
+                    break
+                one["remat"] = remat
+                found.append(one)
+                print(f"remat {remat}, " + report(one, "step"), flush=True)
+                if one["fits"]:
+                    break
+    return sorted(found, key=lambda p: (not p["fits"], p.get("roofline", {}).get("step", 0)))
+
+
+def _fields(config):
+    from flowjax.models import MODELS
+
+    return getattr(MODELS[config["model"]["name"]], "__dataclass_fields__", {})
+
+
+def main():
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    devices, chip = devices_of(TOPOLOGY.value, SLICES.value)
+    from flowjax.train import runtime, settings
+
+    runtime.setup()
+    config = settings.resolve(CONFIG.value)
+    out = {"topology": TOPOLOGY.value, "slices": SLICES.value, "config": config}
+    if SEARCH.value:
+        out["search"] = found = search(config, devices, chip)
+        print("\nbest first:")
+        for p in found:
+            time_ = f"{1e3 * p['roofline']['step']:.3g} ms, bound by {p['roofline']['bound by']}" if "roofline" in p and p["fits"] else ""
+            print(f"  {p['mesh']}, remat {p['remat']}: {time_ if p['fits'] else 'does not fit'}")
+        fits = any(p["fits"] for p in found)
+    else:
+        run = assemble(config, devices)
+        out["step"] = plan(run, chip, save_text=HLO.value)
+        print(report(out["step"], "train step"))
+        for line in advice(out["step"], config, chip):
+            print(f"  -> {line}")
+        if SAMPLER.value and run.roles["net"].module.kind == "denoiser":
+            out["sampler"] = plan(run, chip, "sampler")
+            print(report(out["sampler"], "sampler"))
+        fits = out["step"]["fits"]
+    if OUT.value:
+        path = pathlib.Path(OUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(out, indent=1))
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    shell.run(main)
