@@ -48,6 +48,10 @@ def test_steps_and_sampler_are_used():
     np.testing.assert_array_equal(samples(of=line), samples(of=line, steps=50, sampler="heun", grid="uniform"))
     assert not np.allclose(four, samples(of=line, steps=4, sampler="euler", grid={"name": "uniform", "shift": 3.0}))
     assert not np.allclose(two, samples(of=line, steps=2, sampler="euler", params=0.5))
+    # One step ends at the mean of the data; none is not asked for.
+    np.testing.assert_allclose(samples(of=line, steps=1, sampler="euler"), 0.0, atol=1e-6)
+    with pytest.raises(ConfigError, match="sample.steps = 0 should be at least 1"):
+        samples(of=line, steps=0)
 
 
 def test_start_has_the_noise_of_the_path_and_the_grid_avoids_what_the_prediction_leaves_open():

@@ -276,6 +276,15 @@ def test_autoguidance():
         autoguidance(good, 2.0, bad.replace(path=edm()))
 
 
+@pytest.mark.parametrize("guidance", ["cfg", "cfg_zero", "autoguidance"])
+def test_scale_two_lies_midway_between_one_and_three(guidance):
+    """They are straight lines in the scale, also where a scale of one takes a short cut."""
+    more = {"bad": nets("velocity").replace(apply=lambda x, t, cond, key: -x)} if guidance == "autoguidance" else {}
+    one, two, three = (call(GUIDANCE[guidance](nets(), w, **more), IMAGES.astype(jnp.float64), 0.4) for w in (1.0, 2.0, 3.0))
+    np.testing.assert_allclose(two, (one + three) / 2, atol=1e-12)
+    assert not np.allclose(one, three)
+
+
 def test_autoguidance_at_scale_zero_does_not_call_the_good_model():
     good, rows = counting(nets())
     call(autoguidance(good, 0.0, nets()), IMAGES, 0.5)
@@ -327,6 +336,17 @@ def test_apg_without_noise():
     model = nets()
     np.testing.assert_allclose(call(apg(model, 3.0, eta=1.0), IMAGES, 0.0), call(cfg(model, 3.0), IMAGES, 0.0), atol=1e-5)
     assert np.isfinite(call(apg(model, 3.0, norm=1.0, momentum=-0.5), IMAGES, 0.0)).all()
+
+
+def test_momentum_without_noise_changes_nothing():
+    """At t = 0 no x-update says anything of the velocity, so neither does the memory of one."""
+    model = nets()
+    x, t, cond = IMAGES.astype(jnp.float64), jnp.zeros(3), labels(3)
+    guided = apg(model, 3.0, momentum=-0.5).memory.apply
+    fresh, kept = (guided(x, t, cond, None, previous)[0] for previous in (jnp.zeros_like(x), jnp.ones_like(x)))
+    np.testing.assert_array_equal(fresh, kept)
+    later = [guided(x, t + 0.4, cond, None, previous)[0] for previous in (jnp.zeros_like(x), jnp.ones_like(x))]
+    assert not np.allclose(*later)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "renoise", "ancestral", "dpmpp_2m"])

@@ -394,6 +394,7 @@ def test_memory_is_carried_across_steps_and_written_by_the_first_call():
         ({"name": "euler_maruyama", "last": "tweedie"}, "denoise"),
         ({"name": "euler_maruyama", "scale": -1.0}, "scale"),
         ({"name": "churn", "churn": -1.0}, "churn"),
+        ({"name": "ddim", "eta": 1.1}, r"eta = 1.1 should lie in \[0, 1\]"),
         ({"name": "annealed_langevin", "updates": 0}, "updates"),
         ({"name": "predictor_corrector", "predictor": "heun"}, "ancestral"),
         ({"name": "predictor_corrector", "corrector_updates": -1}, "corrector_updates"),
