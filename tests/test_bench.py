@@ -161,7 +161,7 @@ CONFIG = "--config=configs/digits.py:smoke"
 def test_binary_trains_samples_and_saves(tmp_path):
     out = binary(CONFIG, "--config.batch_size=24", "--repeats=4", f"--json={tmp_path / 'a.json'}")
     saved = json.loads((tmp_path / "a.json").read_text())
-    assert saved["training"][0 if isinstance(saved["training"], list) else "batch"] == 24 and "images/s" in out
+    assert saved["training"]["batch"] == 24 and "images/s" in out
     assert saved["training"]["repeats"] == 4 and saved["config"]["batch_size"] == 24
     assert saved["device"]["count"] == 1 and saved["versions"]["jax"] == jax.__version__
     assert saved["command"][0] == CONFIG
@@ -260,8 +260,9 @@ def test_three_train_steps_are_the_same(reference, config):
 
     this = Run(config)
     module, state, step = this.roles["net"].module, this.fresh(), this.step()
-    params = jax.device_put(randomise(state.params["net"]), this.shardings.params["net"])
-    state = state.replace(params={"net": params}, ema={"ema": jax.tree.map(jnp.copy, params)})
+    params = jax.device_get(randomise(state.params["net"]))
+    places = this.shardings.params["net"]
+    state = state.replace(params={"net": jax.device_put(params, places)}, ema={"ema": jax.device_put(params, places)})
     net = reference.build(module, this.example[0].shape[1:], params)
     rates = [float(this.schedules["net"](n)) for n in range(3)]
     decays = [[float(decay(n + 1.0)) for n in range(3)] for decay, _ in this.averages.values()]
@@ -280,11 +281,12 @@ def test_three_train_steps_are_the_same(reference, config):
     like = reference.build(module, this.example[0].shape[1:], state.params["net"])
     average = reference.build(module, this.example[0].shape[1:], state.ema["ema"])
     start = reference.build(module, this.example[0].shape[1:], params)
-    moved = [float((a - b).abs().max()) for a, b in zip(like.parameters(), start.parameters(), strict=True)]
-    assert min(moved) > 0
+    far = lambda a, b: float((a - b).detach().abs().max())  # noqa: E731
+    moved = [far(a, b) for a, b in zip(like.parameters(), start.parameters(), strict=True)]
+    assert np.median(moved) > 1e-4
     for ours, theirs in ((like.parameters(), trainer.params), (average.parameters(), trainer.averages[0])):
         for a, b, size in zip(ours, theirs, moved, strict=True):
-            assert float((a - b).abs().max()) < 1e-3 * max(size, 1e-4)
+            assert far(a, b) < 1e-3 * max(size, 1e-4)
 
 
 @pytest.mark.oracle

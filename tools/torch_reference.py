@@ -7,6 +7,7 @@ refuses the rest by name (`check_train`, `check_sample`).
 
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 import torch
 from torch import nn
@@ -251,17 +252,13 @@ def build(of, shape, params) -> nn.Module:
     """The PyTorch network that equals the flowjax module `of` for inputs (H, W, C) = shape, with its parameters."""
     kind = type(of).__name__
     net = NETS[kind](of, shape)
-    params = _numpy(params)
+    params = jax.tree.map(np.array, params)
     state = _weights_of_dit(of, params) if kind == "DiT" else vae_names.to_torch(of, params)
     ours, theirs = sum(v.size for v in state.values()), sum(p.numel() for p in net.parameters())
     if ours != theirs:
         raise ConfigError(f"--vs=torch: the two networks differ, {ours:,} parameters here and {theirs:,} there")
     net.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
     return net
-
-
-def _numpy(tree):
-    return {k: _numpy(v) if isinstance(v, dict) else np.array(v) for k, v in tree.items()}
 
 
 # --- what is refused
