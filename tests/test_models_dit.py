@@ -14,6 +14,7 @@ from flowjax.config import ConfigError
 from flowjax.models import MODELS, build, denoiser, flops
 from flowjax.models import dit as dit_module
 from flowjax.models import layers as L
+from flowjax.models.remat import REMAT
 
 TINY = {"depth": 2, "width": 32, "heads": 4, "num_classes": 5}
 B = 3
@@ -297,13 +298,15 @@ def test_remat_is_there_and_changes_nothing(scan):
         return jnp.mean(jnp.square(y - args[0]))
 
     work, grads = {}, {}
-    for remat in dit_module.REMAT:
+    for remat in REMAT:
         grad = jax.grad(functools.partial(loss, remat))
         assert ("remat" in str(jax.make_jaxpr(grad)(variables))) == (remat != "none")
         work[remat] = flops.count(grad, variables)
         grads[remat] = jax.jit(grad)(variables)
+        assert ("<host>" in str(jax.make_jaxpr(grad)(variables))) == (remat == "offload")
         for got, expected in zip(jax.tree.leaves(grads[remat]), jax.tree.leaves(grads["none"]), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-7)
+    assert work["offload"] == work["full"]
     assert work["none"] == work["dots"] < work["dots_no_batch"] < work["attention"] <= work["full"]
 
 
@@ -430,7 +433,7 @@ def test_denoiser_binds_parameters_and_switches_dropout_with_the_key():
         ({"width": 24, "heads": 4, "rope": True}, "divisible by 4, not 6"),
         ({"norm": "batch"}, "model.norm = 'batch' is unknown; valid: layer, rms"),
         ({"mlp": "relu"}, "model.mlp = 'relu' is unknown; valid: gelu, swiglu"),
-        ({"remat": "some"}, "model.remat = 'some' is unknown; valid: attention, dots, dots_no_batch, full, none"),
+        ({"remat": "some"}, "model.remat = 'some' is unknown; valid: attention, dots, dots_no_batch, full, none, offload"),
         ({"conditioning": "film"}, "model.conditioning = 'film' is unknown"),
         ({"attention": "flash"}, "attention implementation = 'flash' is unknown"),
         ({"return_sigma": True}, "needs model.learn_sigma"),

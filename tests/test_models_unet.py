@@ -241,11 +241,12 @@ def test_gradients_reach_every_parameter(resample):
 
 
 @pytest.mark.slow
-def test_remat_recomputes_and_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_remat_recomputes_and_changes_no_gradient(remat):
     net = UNet(**{**SMALL, "multipliers": (1,), "attention_levels": ()})
     x, t = inputs()
     params = randomise(shapes(net, x, t, {}))
-    plain, frugal = gradient(net, x, t, {}), gradient(net.clone(remat="full"), x, t, {})
+    plain, frugal = gradient(net, x, t, {}), gradient(net.clone(remat=remat), x, t, {})
     assert "remat" in str(jax.make_jaxpr(frugal)(params)) and "remat" not in str(jax.make_jaxpr(plain)(params))
     plain, frugal = jax.jit(plain)(params), jax.jit(frugal)(params)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))

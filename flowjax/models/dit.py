@@ -16,21 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models.attention import attention
+from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
 
 CONDITIONINGS = ("adaln_zero", "adaln", "in_context", "cross_attention")
 NORMS = ("layer", "rms")
 MLPS = {"gelu": L.GeluMLP, "swiglu": L.SwiGLU}
 EPS = 1e-6
-
-# What the backward pass may keep from a layer; everything else is recomputed from the layer's input.
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
-}
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:
@@ -95,6 +87,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, c, context, angles):
+        x = checkpoint_name(x, "block")
         adaptive, gated = self.conditioning in ("adaln_zero", "adaln"), self.conditioning == "adaln_zero"
 
         def norm(h, name):
@@ -153,7 +146,7 @@ class DiT(nn.Module):
       dropout: on the output of each branch, when train.
       time_scale, frequency_shift: of the timestep embedding; (1000, 0) is DiT, (1, 0) SiT, (1000, 1) diffusers' DiT.
       dtype: "float32" or "bfloat16", of matrix products and the residual stream.
-      remat: what the backward pass keeps, one of REMAT.   scan: stack the layers (parameters "blocks" with a leading axis)
+      remat: what the backward pass keeps, see `flowjax.models.remat`.   scan: stack the layers (parameters "blocks" with a leading axis)
         or not ("block_0", ...).   attention: see `flowjax.models.attention`.
     """
 

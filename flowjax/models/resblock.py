@@ -95,6 +95,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array | None = None) -> jax.Array:
+        x = checkpoint_name(x, "block")
         resample = {"none": lambda image: image, "up": double, "down": halve}[self.resample]
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm_1")(x))
         x, h = resample(x), resample(h)
@@ -130,6 +131,7 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = checkpoint_name(x, "block")
         b, height, width, c = x.shape
         head_dim = self.head_dim or c
         if c % head_dim:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.config import ConfigError, lookup
-from flowjax.models.dit import REMAT
 from flowjax.models.layers import Conv, Embed, GroupNorm, TimeEmbed, zeros
+from flowjax.models.remat import REMAT
 from flowjax.models.resblock import (
     DOWN_PADDING,
     AttentionBlock,
