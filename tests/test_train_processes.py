@@ -1,7 +1,9 @@
-"""What only real processes show: several of them joined by gloo, signals, exit codes."""
+"""What only real processes show: several of them joined by gloo, signals, kills, exit codes."""
 
+import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,26 +18,52 @@ from train_runs import rows, stored
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = ["--config.log.tensorboard=false", "--config.log.progress=false", "--config.model.width=16", "--config.model.dropout=0.1"]
+ENDLESS = ["--config.steps=100000", "--config.sample.every=0", "--config.validation.every=0"]
 pytestmark = pytest.mark.slow
 
 
 def start(workdir, *flags, devices=1):
     """python -m experiments.train in a process group of its own."""
-    command = [sys.executable, "-m", "experiments.train", "--config=configs/mix4.py:smoke", f"--workdir={workdir}", *SETTINGS, *flags]
+    flags = "--config=configs/mix4.py:smoke", f"--workdir={workdir}", *SETTINGS, *flags
+    return launch("-m", "experiments.train", *flags, devices=devices)
+
+
+def launch(*arguments, devices=1):
     env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     options = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen(command, start_new_session=True, **options)
+    return subprocess.Popen([sys.executable, *arguments], start_new_session=True, **options)
 
 
-def finish(*children, timeout=240):
-    """[(exit code, output)]; the process groups are killed when one takes too long."""
+def job(workdir, *flags, processes=2, devices=1):
+    """The processes of one job, on as many devices each."""
+    coordinator = f"--coordinator=localhost:{free_port()}", f"--processes={processes}", "--heartbeat=20"
+    return [start(workdir, *flags, *coordinator, f"--process_id={i}", devices=devices) for i in range(processes)]
+
+
+@contextlib.contextmanager
+def reaped(*children):
+    """The process groups are dead afterwards, whatever happens."""
     try:
-        outputs = [child.communicate(timeout=timeout)[0] for child in children]
+        yield children
     finally:
         for child in children:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
+
+
+def finish(*children, timeout=240):
+    """[(exit code, output)]; the process groups are killed when one takes too long."""
+    with reaped(*children):
+        outputs = [child.communicate(timeout=timeout)[0] for child in children]
     return [(child.returncode, out) for child, out in zip(children, outputs)]
+
+
+def wait_for(step, workdir, *children, timeout=180):
+    """Until the run has, from now on, written a row of that step or a later one; fails when a child ends before that."""
+    file, now = workdir / "metrics.jsonl", time.time()
+    while not (file.exists() and any(row["step"] >= step and row["wall"] > now for row in log.read(file))):
+        assert time.time() < now + timeout and all(child.poll() is None for child in children)
+        time.sleep(0.05)
 
 
 def free_port():
@@ -44,54 +72,172 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_processes_equal_one_and_resume_alone(tmp_path):
-    port = free_port()
-    join = lambda i: (f"--coordinator=localhost:{port}", "--processes=2", f"--process_id={i}")  # noqa: E731
-    finished = finish(start(tmp_path / "one", devices=2), *(start(tmp_path / "two", *join(i)) for i in (0, 1)))
-    for code, out in finished:
+def same_run(a, b):
+    """Two runs say the same, to the digits that another order of adding up four gradients leaves. Whether bit for bit."""
+    ours, theirs = rows(a), rows(b)
+    assert [sorted(r) for r in ours] == [sorted(r) for r in theirs] and len(ours) >= 4
+    for x, y in zip(ours, theirs):
+        for k in x:
+            np.testing.assert_allclose(y[k], x[k], rtol=2e-5, err_msg=k)
+    ours, theirs = stored(a, 4), stored(b, 4)
+    assert ours["data"] == theirs["data"] == {"next_index": 4} and ours["shapes"] == theirs["shapes"]
+    return ours["fingerprints"] == theirs["fingerprints"]
+
+
+def test_any_number_of_processes_trains_and_resumes_alike(tmp_path):
+    """1, 2 and 4 processes on four devices in all: from the start, and from each other's checkpoints."""
+    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
+    plain = "--config.sample.every=0"
+    ((code, out),) = finish(start(one, plain, devices=4))
+    assert code == 0, out
+    for code, out in finish(*job(two, plain, devices=2)):
+        assert code == 0, out
+    same_run(one, two)
+    for source, target, processes in ((two, four, 4), (one, tmp_path / "one_two", 2), (two, tmp_path / "two_one", 1)):
+        # The newest checkpoint lost, another number of processes goes on from step 2.
+        shutil.copytree(source, target)
+        shutil.rmtree(target / "checkpoints" / "4")
+        children = job(target, plain, processes=processes, devices=4 // processes) if processes > 1 else [start(target, plain, devices=4)]
+        for code, out in (finished := finish(*children)):
+            assert code == 0, out
+        assert f"resumed {target} at step 2 of 4" in finished[0][1] and not any("resumed" in out for _, out in finished[1:])
+        same_run(one, target)
+
+
+def test_two_processes_equal_one_bit_for_bit_and_set_a_damaged_checkpoint_aside(tmp_path):
+    """Two numbers have only one sum: two processes of a device each are one process of two, exactly."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for code, out in (finished := finish(*job(two)) + finish(start(one, devices=2))):
         assert code == 0, out
     # One of the two speaks; both did all of validation, pictures and checkpoints without waiting for the other for ever.
-    assert "done at step 4" in finished[1][1] and "done at step" not in finished[2][1]
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
-    assert [sorted(r) for r in one] == [sorted(r) for r in two] and len(one) >= 4
-    for a, b in zip(one, two):
-        for k in a:
-            np.testing.assert_allclose(b[k], a[k], rtol=1e-5, err_msg=k)
-    assert "validation_loss" in {k for row in two for k in row} and (tmp_path / "two" / "samples").exists()
-    assert "processes: 2" in (tmp_path / "two" / "card.txt").read_text()
-    assert stored(tmp_path / "two", 4)["data"] == {"next_index": 4}
-    # The newest checkpoint lost, one process goes on from step 2 on its own.
-    for name in ("one", "two"):
-        for file in (tmp_path / name / "checkpoints" / "4").rglob("*"):
-            if file.is_file():
-                os.truncate(file, 0)
-    for code, out in finish(*(start(tmp_path / name, devices=2) for name in ("one", "two"))):
-        assert code == 0 and "resumed" in out and "at step 2 of 4" in out, out
-        assert "checkpoints/4 is damaged" in out
-    again = rows(tmp_path / "two")
-    for a, b in zip(one, again):
-        for k in a:
-            np.testing.assert_allclose(b[k], a[k], rtol=1e-5, err_msg=k)
+    assert "done at step 4" in finished[0][1] and all(line.startswith("[Gloo]") for line in finished[1][1].splitlines())
+    want = rows(two)
+    assert same_run(one, two) and want == rows(one)
+    assert "validation_loss" in {k for row in want for k in row} and (two / "samples").exists()
+    assert "processes: 2" in (two / "card.txt").read_text()
+    for file in (two / "checkpoints" / "4").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
+    for code, out in (finished := finish(*job(two))):
+        assert code == 0 and "checkpoints/4 is damaged" in out, out
+    assert "at step 2 of 4" in finished[0][1] and rows(two) == want
+
+
+def test_sigterm_to_one_process_saves_a_common_step(tmp_path):
+    run, flags = tmp_path / "run", [*ENDLESS, "--config.checkpoint.every=0"]
+    with reaped(*job(run, *flags)) as children:
+        wait_for(3, run, *children)
+        children[1].send_signal(signal.SIGTERM)
+        finished = finish(*children, timeout=60)
+    assert [code for code, _ in finished] == [0, 0], finished
+    assert "stopped on request at step" in finished[0][1] and "stopped on request" not in finished[1][1]
+    (step,) = (int(p.name) for p in (run / "checkpoints").iterdir())
+    assert step >= 3 and [r["step"] for r in rows(run)] == list(range(1, step + 1))
+    assert stored(run, step)["data"] == {"next_index": step}
+    # The same command goes on; this time process 0 is asked, by Ctrl-C.
+    with reaped(*job(run, *flags)) as children:
+        wait_for(step + 1, run, *children)
+        children[0].send_signal(signal.SIGINT)
+        finished = finish(*children, timeout=60)
+    assert [code for code, _ in finished] == [0, 0] and f"resumed {run} at step {step} of 100000" in finished[0][1], finished
+    steps = [r["step"] for r in rows(run)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
+
+
+@pytest.mark.parametrize("victim", [2, 0])
+def test_a_killed_process_ends_the_job_which_resumes(victim, tmp_path):
+    """kill -9 of one of three: the others say so and end at once, and two processes go on from the last checkpoint."""
+    run, flags = tmp_path / "run", [*ENDLESS, "--config.checkpoint.every=10", "--config.batch_size=48"]
+    with reaped(*job(run, *flags, processes=3)) as children:
+        wait_for(22, run, *children)
+        children[victim].kill()
+        killed = time.time()
+        finished = finish(*children, timeout=60)
+    assert time.time() - killed < 25  # gloo notices at once; a process that hangs instead is found out by its silence, 20 s
+    for i, (code, out) in enumerate(finished):
+        if i == victim:
+            assert code == -signal.SIGKILL
+        elif victim or code == 4:
+            assert code == 4 and f"error: process {i} of 3 cannot go on, most likely because another one ended: " in out, out
+            assert "the same command resumes from the last checkpoint" in out and "Traceback" not in out
+        else:  # jax may notice the loss of process 0, which coordinates, before we do, and ends the process itself
+            assert code == -signal.SIGABRT and "another task died" in out, out
+    last = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    assert last in (10, 20)  # that of step 20 may have been cut short
+    with reaped(*job(run, *flags)) as children:
+        wait_for(last + 2, run, *children)
+        children[0].send_signal(signal.SIGTERM)
+        finished = finish(*children, timeout=60)
+    assert [code for code, _ in finished] == [0, 0] and f"resumed {run} at step {last} of 100000" in finished[0][1], finished
+    steps = [r["step"] for r in rows(run)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > last
+
+
+ROLLOUT = """
+import sys
+import jax, numpy as np
+from flowjax.train import assembly, mesh, runtime, step
+from train_runs import tiny
+
+out, *where = sys.argv[1:]
+runtime.setup(*runtime.job(*where[:1], *map(int, where[1:])))
+run = assembly.Run(tiny())
+batch = mesh.place(next(run.pipeline), run.mesh)
+
+state = run.fresh()
+
+def rollout(state, batch, n):
+    nets = step.nets_of(run.objective, run.roles, state.params, state.ema, {})
+    made = run.objective.rollout(nets, {**batch, "step": n}, step.rollout_key(run.config["seed"], n))
+    return {k: made[k] for k in ("x", "z", "t")}
+
+made = jax.jit(rollout, static_argnums=2, out_shardings=mesh.batch_sharding(run.mesh))
+for n in (0, 1):
+    b = made(state, batch, n)
+    for name in ("z", "t", "x"):
+        for shard in b[name].addressable_shards:
+            np.save(f"{out}/{n}-{name}-{shard.index[0].start or 0}.npy", np.asarray(shard.data))
+"""
+
+
+def test_no_two_shards_share_noise(tmp_path):
+    """Each device of each process draws its own rows of the noise and times that a single process draws for the whole batch."""
+    env_path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    folders = {n: tmp_path / str(n) for n in (1, 2)}
+    for processes, folder in folders.items():
+        folder.mkdir()
+        where = [(f"localhost:{free_port()}", str(processes))] * processes
+        script = f"import sys; sys.path[:0] = {env_path.split(os.pathsep)!r}\n" + ROLLOUT
+        children = [launch("-c", script, str(folder), *w, str(i), devices=4 // processes) for i, w in enumerate(where)]
+        for code, out in finish(*children, timeout=120):
+            assert code == 0, out
+    files = [sorted(p.name for p in folder.iterdir()) for folder in folders.values()]
+    assert files[0] == files[1] and len(files[0]) == 2 * 3 * 4  # steps, arrays, devices
+    noise = []
+    for name in files[0]:
+        alone, together = (np.load(folder / name) for folder in folders.values())
+        assert alone.shape[0] == 4 and alone.tobytes() == together.tobytes(), name
+        if "-z-" in name:
+            noise.append(alone)
+    rows = np.concatenate(noise)
+    assert rows.shape == (32, 2) and len(np.unique(rows[:, 0])) == len(np.unique(rows[:, 1])) == 32
 
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
-    long = "--config.steps=100000", "--config.checkpoint.every=0", "--config.sample.every=0", "--config.validation.every=0"
-    child = start(tmp_path / "run", *long)
-    file, deadline = tmp_path / "run" / "metrics.jsonl", time.time() + 120
-    while not (file.exists() and len(log.read(file)) > 3) and time.time() < deadline and child.poll() is None:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    ((code, out),) = finish(child)
+    run, flags = tmp_path / "run", [*ENDLESS, "--config.checkpoint.every=0"]
+    with reaped(start(run, *flags)) as (child,):
+        wait_for(4, run, child)
+        child.send_signal(signal.SIGTERM)
+        ((code, out),) = finish(child)
     assert code == 0 and "SIGTERM: saving after this step" in out and "stopped on request at step" in out, out
-    (step,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert step >= 3 and [r["step"] for r in log.read(file)] == list(range(1, step + 1))
-    child = start(tmp_path / "run", *long)
-    while child.poll() is None and time.time() < deadline + 120 and log.read(file)[-1]["step"] < step + 3:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    ((code, out),) = finish(child)
-    assert code == 0 and f"resumed {tmp_path / 'run'} at step {step} of 100000" in out, out
-    steps = [r["step"] for r in log.read(file)]
+    (step,) = (int(p.name) for p in (run / "checkpoints").iterdir())
+    assert step >= 3 and [r["step"] for r in rows(run)] == list(range(1, step + 1))
+    with reaped(start(run, *flags)) as (child,):
+        wait_for(step + 3, run, child)
+        child.send_signal(signal.SIGINT)
+        ((code, out),) = finish(child)
+    assert code == 0 and f"resumed {run} at step {step} of 100000" in out, out
+    steps = [r["step"] for r in rows(run)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
 
 
@@ -104,6 +250,7 @@ def test_exit_codes_and_plain_messages(tmp_path):
         "type": (["--config.model.width=wide"], 1, "flag --config.model.width=wide: invalid literal for int"),
         "stray": (["steps=3"], 2, "error: unexpected argument 'steps=3'; settings are given as --flag=value"),
         "processes": (["--processes=2"], 2, "mean something only together with --coordinator"),
+        "auto": (["--coordinator=auto"], 2, "error: --coordinator=auto: neither a TPU pod, nor GKE, SLURM or Open MPI was found here"),
         "infinite": (["--config.optimizer.schedule.rate=1e38", "--config.optimizer.schedule.warmup=0"], 3, "error: step "),
     }
     for name, (flags, code, message) in cases.items():

@@ -126,6 +126,7 @@ class Checkpoints:
             log.error("checkpoint %s is damaged (its metrics or metadata cannot be read)", place)
         if found and len(unreadable) == len(found):
             raise ConfigError(f"every checkpoint in {self.directory} is damaged: {sorted(int(p.name) for p in found)}")
+        _together("all processes have looked for damaged checkpoints")  # before process 0 moves what the others still look for
         self._set_aside([int(p.name) for p in unreadable])
 
     def _set_aside(self, steps):
@@ -138,10 +139,7 @@ class Checkpoints:
                 if (place / str(step)).exists():
                     (place / str(step)).rmtree()
                 (self.directory / str(step)).rename(place / str(step))
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        _together("damaged checkpoints are set aside")
         if self._writer is not None:
             self._writer.reload()
 
@@ -155,6 +153,14 @@ class Checkpoints:
     def close(self):
         """Finish writing and release the directory."""
         self._writer.close()
+
+
+def _together(what: str):
+    """Go on when all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def _is_json(file) -> bool:
