@@ -1,0 +1,57 @@
+"""Which process of which job this is: flags, environment, and what is refused."""
+
+import pytest
+
+from flowjax.config import ConfigError
+from flowjax.train import runtime
+
+WHOLE = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    "flags, environment, job",
+    [
+        ((), {}, ("", 0, -1)),
+        ((), {"JAX_NUM_PROCESSES": ""}, ("", 0, -1)),
+        (("host:1", 2, 1), {}, ("host:1", 2, 1)),
+        (("host:1", 1, 0), {}, ("host:1", 1, 0)),
+        (("[::1]:80", 2, 0), {}, ("[::1]:80", 2, 0)),
+        ((), WHOLE, ("host:1234", 4, 2)),
+        (("other:1", 2, 0), WHOLE, ("other:1", 2, 0)),  # flags come first, all three of them
+        (("auto",), {}, ("auto", 0, -1)),
+        (("auto",), WHOLE, ("auto", 0, -1)),
+    ],
+)
+def test_one_process_of_a_job(flags, environment, job):
+    assert runtime.job(*flags, environment=environment) == job
+
+
+@pytest.mark.parametrize(
+    "flags, environment, said",
+    [
+        (("", 2, -1), {}, "together with --coordinator=host:port"),
+        (("", 0, 0), {}, "together with --coordinator=host:port"),
+        (("", 2, 0), WHOLE, "together with --coordinator=host:port"),
+        (("host:1", 0, 0), {}, "--processes and --process_id: processes = 0 and process_id = 0"),
+        (("host:1", 2, 2), {}, "process_id = 2"),
+        (("host:1", 2, -1), {}, "process_id = -1"),
+        (("host", 2, 0), {}, "'host' should be host:port of process 0"),
+        ((":80", 2, 0), {}, "':80' should be host:port of process 0"),
+        (("host:x", 2, 0), {}, "'host:x' should be host:port"),
+        (("auto", 2, -1), {}, "finds --processes and --process_id itself"),
+        (("auto", 0, 0), {}, "finds --processes and --process_id itself"),
+        ((), WHOLE | {"JAX_PROCESS_ID": ""}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES without JAX_PROCESS_ID: set all three"),
+        ((), {"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID without JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
+        ((), WHOLE | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES = 'four' should be a number"),
+        ((), WHOLE | {"JAX_PROCESS_ID": "4"}, "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID: processes = 4 and process_id = 4"),
+    ],
+)
+def test_what_is_no_job(flags, environment, said):
+    with pytest.raises(ConfigError) as refused:
+        runtime.job(*flags, environment=environment)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_heartbeat_takes_time():
+    with pytest.raises(ConfigError, match="--heartbeat = 0 should be at least 1 second"):
+        runtime.setup(heartbeat=0)
