@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.config import ConfigError
-from flowjax.models.sharding import constrain
+from flowjax.models.sharding import active_mesh, constrain
 
 zeros = nn.initializers.zeros
 ones = nn.initializers.ones
@@ -36,9 +36,13 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
     The derivative of kernel.astype(bfloat16) would round each device's gradient to bfloat16 BEFORE it is summed over the batch's
     devices. Here the product that makes it reads bfloat16 and writes float32, which is what the sum then adds.
     """
-    if dtype not in ("bfloat16", "float16"):
-        return x.astype(dtype) @ kernel.astype(dtype)
-    return _half_matmul(x.astype(dtype), kernel)
+    x, lead = x.astype(dtype), x.shape[:-1]
+    # With one axis to sum over, the kernel's gradient needs no transposed copy of the cotangent (a quarter of the time of a
+    # DiT's gradient on CPUs). Rows and tokens cannot be one axis where tokens are split as well.
+    if (mesh := active_mesh()) is None or mesh.shape.get("context", 1) == 1:
+        x = x.reshape(-1, x.shape[-1])
+    y = _half_matmul(x, kernel) if dtype in ("bfloat16", "float16") else x @ kernel.astype(dtype)
+    return y.reshape(*lead, kernel.shape[1])
 
 
 @jax.custom_jvp
@@ -172,10 +176,17 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         if channels % self.groups:
             raise ConfigError(f"GroupNorm of {channels} channels in {self.groups} groups: the groups must divide the channels")
-        y = _float32(x).reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=(1, 3), keepdims=True) + self.eps)
-        y = y.reshape(x.shape)
+
+        def mean(v):
+            """Over each group, for each of its channels: (B, 1 ..., C). Over space first, which leaves the large array in the
+            shape it has: with channels cut in groups, its last axis is too short for wide registers."""
+            groups = jnp.mean(v, axis=tuple(range(1, v.ndim - 1))).reshape(-1, self.groups, channels // self.groups)
+            each = jnp.broadcast_to(jnp.mean(groups, axis=2, keepdims=True), groups.shape)
+            return each.reshape(v.shape[0], *(1,) * (v.ndim - 2), channels)
+
+        y = _float32(x)
+        y = y - mean(y)
+        y = y * jax.lax.rsqrt(mean(jnp.square(y)) + self.eps)
         y = y * _param(self, "scale", ones, ("norm",), (channels,)) + _param(self, "bias", zeros, ("norm",), (channels,))
         return y.astype(self.dtype)
 
