@@ -86,7 +86,7 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     from flowjax.models import flops
     from flowjax.train import card, hlo
 
-    fn, arguments = (run.step(), (run.target, run.frozen, run.batch())) if what == "step" else _sampler(run)
+    fn, arguments = _program(run, what)
     count = run.mesh.size
     out = {"mesh": dict(run.mesh.shape), "devices": count, "batch": run.config["batch_size"] if what == "step" else run.config["sample"]["count"]}
     start = time.time()
@@ -117,7 +117,7 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     out["largest"] = [{**c._asdict(), "sent": c.sent} for c in sorted(exchanges, key=lambda c: -c.sent)[:5]]
     sent = sum(c.sent for c in exchanges)
     # What the model needs, once: a program that recomputes or repeats work on several devices executes more.
-    needed, executed = flops.count(_needed(run, what), *arguments), hlo.flops(text) * count
+    needed, executed = flops.count(_program(run.plain(), what)[0], *arguments), hlo.flops(text) * count
     out["flops"] = {"needed": needed, "executed": executed, "ratio": executed / needed}
     if chip:
         # At least this much goes through memory: what a step is given, gives back, and keeps in between (written and read).
@@ -131,30 +131,17 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     return out
 
 
-def _needed(run, what):
-    """The same function without recomputation, whose products are what utilisation is measured in."""
-    if what != "step" or getattr(run.roles["net"].module, "remat", "none") == "none":
-        return run.step() if what == "step" else _sampler(run)[0]
-    plain = assemble({**run.config, "model": {**run.config["model"], "remat": "none"}}, [*run.mesh.devices.flat])
-    return plain.step()
-
-
-def _sampler(run):
-    """(jitted sampler, its arguments) as the run's pictures are made: config.sample on the first average or the parameters."""
+def _program(run, what):
+    """(jitted function, its arguments): the train step, or the sampler with which the run draws its pictures."""
     import jax
     import jax.numpy as jnp
 
-    from flowjax import generate
-    from flowjax.train import generator
-
-    section, shape = run.config["sample"], run.example[0].shape[1:]
-    guidance, besides = generator.second_network(section["guidance"], shape)
-    codec = run.roles["vae"].net(run.loaded["vae"][0]) if "vae" in run.roles else None
-    options = {k: section[k] for k in ("steps", "sampler", "grid")}
-    fn = run.jit(generate.make(run.roles["net"], shape, guidance=guidance, besides=besides, codec=codec, **options))
+    if what == "step":
+        return run.step(), (run.target, run.frozen, run.batch())
+    section = run.config["sample"]
     seen = lambda dtype: jax.ShapeDtypeStruct((section["count"],), dtype, sharding=jax.NamedSharding(run.mesh, jax.P()))  # noqa: E731
     cond = {"label": seen(jnp.int32)} if run.pipeline.num_classes else {}
-    return fn, (run.target.params["net"], section["seed"], seen(jnp.int32), cond)
+    return run.sampler(section), (run.target.params["net"], section["seed"], seen(jnp.int32), cond)
 
 
 def advice(found: dict, config, chip) -> list[str]:

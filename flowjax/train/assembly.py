@@ -1,13 +1,16 @@
 """A run assembled from its config: objective, roles, data, mesh, shardings, optimizers, and the functions to jit."""
 
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from flowjax import objectives
+from flowjax import generate, objectives
 from flowjax.config import ConfigError, bind, lookup
 from flowjax.data.pipeline import pipeline
 from flowjax.models import sharding
-from flowjax.train import checkpoint, ema, export, optim, settings
+from flowjax.train import checkpoint, ema, export, generator, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, same_shapes
@@ -217,6 +220,28 @@ class Run:
                 return fn(*arguments)
 
         return jax.jit(on_mesh, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
+
+    def sampler(self, section):
+        """jitted sample(params, seed, indices, cond) of the role "net" (see flowjax.generate), as a `sample` section says."""
+        shape = self.example[0].shape[1:]
+        guidance, besides = generator.second_network(section["guidance"], shape)
+        codec = self.roles["vae"].net(self.loaded["vae"][0]) if "vae" in self.roles else None
+        options = {k: section[k] for k in ("steps", "sampler", "grid")}
+        return self.jit(generate.make(self.roles["net"], shape, guidance=guidance, besides=besides, codec=codec, **options))
+
+    def plain(self):
+        """This run with plain attention and nothing recomputed: the same mathematics, whose operations can all be counted.
+
+        What utilisation is measured in are these, and neither the work that a remat policy repeats nor what is hidden in a kernel.
+        """
+
+        def one(role):
+            fields = {k: v for k, v in (("attention", "xla"), ("remat", "none")) if hasattr(role.module, k)}
+            return dataclasses.replace(role, module=role.module.clone(**fields))
+
+        this = copy.copy(self)
+        this.roles = {name: one(role) for name, role in self.roles.items()}
+        return this
 
     def validate(self):
         """jitted (state, frozen, batch, index) -> loss of the first average of the first player's role, or of its parameters."""
