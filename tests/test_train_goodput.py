@@ -112,7 +112,7 @@ def test_the_record_forgets_deleted_checkpoints_and_is_not_written_at_every_row(
     assert read()["seconds"]["start"] == goodput.KEEP_EVERY
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": {}, "at": {}}', '{"seconds": 3}', '{"seconds": {"step": "x"}, "at": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"seconds": {}, "at": {}}', '{"seconds": 3}', '{"at": []}'])
 def test_an_unreadable_record_counts_as_none(text, tmp_path):
     (tmp_path / "goodput.json").write_text(text)
     clock = Goodput(clock=Hand())

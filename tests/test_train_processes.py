@@ -97,7 +97,8 @@ def test_any_number_of_processes_trains_and_resumes_alike(tmp_path):
         # The newest checkpoint lost, another number of processes goes on from step 2.
         shutil.copytree(source, target)
         shutil.rmtree(target / "checkpoints" / "4")
-        children = job(target, plain, processes=processes, devices=4 // processes) if processes > 1 else [start(target, plain, devices=4)]
+        options = {"devices": 4 // processes}
+        children = job(target, plain, processes=processes, **options) if processes > 1 else [start(target, plain, **options)]
         for code, out in (finished := finish(*children)):
             assert code == 0, out
         assert f"resumed {target} at step 2 of 4" in finished[0][1] and not any("resumed" in out for _, out in finished[1:])

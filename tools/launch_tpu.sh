@@ -42,7 +42,10 @@ for need in name zone type version; do
   [ -n "${!need}" ] || { echo "error: --$need is missing; see the head of $0" >&2; exit 2; }
 done
 [ $# -gt 0 ] || { echo "error: no flags for experiments.train after --" >&2; exit 2; }
-case " $* " in *" --workdir=gs://"*) ;; *) echo "error: give --workdir=gs://...: the workers' own disks go with the slice" >&2; exit 2 ;; esac
+case " $* " in
+  *" --workdir=gs://"*) ;;
+  *) echo "error: give --workdir=gs://...: the workers' own disks go with the slice" >&2; exit 2 ;;
+esac
 
 where=(--zone="$zone")
 [ -z "$project" ] || where+=(--project="$project")

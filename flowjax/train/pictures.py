@@ -58,8 +58,8 @@ def samples(x, path, labels=None):
 
 def curves(rows, path):
     """Plot every metric of metrics.jsonl rows over the step, one panel each; of the clock, goodput alone."""
-    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("step", "wall") and not k.startswith("seconds/")]
-    names = [k for k in names if any(isinstance(row.get(k), (int, float)) for row in rows)]
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("step", "wall")]
+    names = [k for k in names if not k.startswith("seconds/") and any(isinstance(row.get(k), (int, float)) for row in rows)]
     if not names:
         return
     columns = min(3, len(names))

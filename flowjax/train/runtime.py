@@ -56,7 +56,7 @@ def job(coordinator: str = "", processes: int = 0, process_id: int = -1, environ
     if not (coordinator or processes or process_id >= 0):
         where = ", ".join(VARIABLES)
         if missing := [k for k in VARIABLES if k not in told]:
-            raise ConfigError(f"{', '.join(told)} without {', '.join(missing)}: set all three, or none, or give --coordinator=auto")
+            raise ConfigError(f"{', '.join(told)} without {', '.join(missing)}: set all three or none, or give --coordinator=auto")
         if wrong := [k for k in VARIABLES[1:] if not told[k].isdecimal()]:
             raise ConfigError(f"{wrong[0]} = {told[wrong[0]]!r} should be a number")
         coordinator, processes, process_id = told[VARIABLES[0]], int(told[VARIABLES[1]]), int(told[VARIABLES[2]])
@@ -65,7 +65,7 @@ def job(coordinator: str = "", processes: int = 0, process_id: int = -1, environ
     if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdecimal():
         raise ConfigError(f"the coordinator {coordinator!r} should be host:port of process 0, or --coordinator=auto")
     if processes < 1 or not 0 <= process_id < processes:
-        raise ConfigError(f"{where}: processes = {processes} and process_id = {process_id}, but 0 <= process_id < processes is needed")
+        raise ConfigError(f"{where}: processes = {processes} and process_id = {process_id}, not 0 <= process_id < processes")
     return coordinator, processes, process_id
 
 
@@ -81,12 +81,12 @@ def leave(error: Exception):
     who = f"process {jax.process_index()} of {jax.process_count()}"
     if isinstance(error, jax.errors.JaxRuntimeError):
         print(
-            f"error: {who} cannot go on, most likely because another one ended: {str(error).splitlines()[0]}. See what the others "
-            "said; the same command resumes from the last checkpoint.",
+            f"error: {who} cannot go on, most likely because another one ended: {str(error).splitlines()[0]}. "
+            "See what the others said; the same command resumes from the last checkpoint.",
             file=sys.stderr,
         )
     else:
-        print(f"error: {who} failed and the job with it; the same command resumes from the last checkpoint", file=sys.stderr)
+        print(f"error: {who} failed, and the job with it; the same command resumes from the last checkpoint", file=sys.stderr)
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
