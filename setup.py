@@ -41,6 +41,7 @@ setup(
     extras_require={
         "default": [],
         "adaptive": ["diffrax>=0.7"],
+        "gcs": ["gcsfs"],  # workdirs in buckets: gs://...
         # XLA's TPU compiler, for tools.plan on a machine without a TPU; keep it out of environments that run CPU tests.
         "plan": ["libtpu>=0.0.42,<0.0.43"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "diffrax>=0.7"],

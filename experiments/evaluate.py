@@ -5,7 +5,6 @@ autoencoder: PSNR and SSIM of the held-out split's reconstructions.
 """
 
 import json
-import pathlib
 
 import numpy as np
 from absl import flags
@@ -79,7 +78,7 @@ def measure_samples(role, params, info, section, checkpoint):
 def main():
     runtime.setup()
     from flowjax.evals import protocol
-    from flowjax.train import export
+    from flowjax.train import export, files
 
     checkpoint, weights = sampling.CHECKPOINT.value, sampling.WEIGHTS.value
     role, params, info = export.load(checkpoint, weights)
@@ -93,7 +92,7 @@ def main():
         checkpoint=str(checkpoint), results=results,
     )  # fmt: skip
     name = f"evaluation-{info['weights']}-{info['step']}-{protocol.digest(circumstances)}.json"
-    path = pathlib.Path(RECORD.value or pathlib.Path(checkpoint) / name)
+    path = files.path(RECORD.value) if RECORD.value else files.path(checkpoint) / name
     record.write(path)
     print(json.dumps(results, indent=1))
     print(f"record: {path}")

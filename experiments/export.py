@@ -4,7 +4,6 @@ Writes the averaged weights as an orbax checkpoint and as safetensors, with the 
 autoencoder the per-channel statistics of its latents over the training data are measured and stored with it.
 """
 
-import pathlib
 
 from absl import flags
 
@@ -23,10 +22,10 @@ LATENT_EXAMPLES = flags.DEFINE_integer("latent_examples", 50_000, "Examples for 
 def main():
     runtime.setup()
     from flowjax.data.pipeline import pipeline
-    from flowjax.train import export
+    from flowjax.train import export, files
 
     step = STEP.value or None
-    out = pathlib.Path(OUT.value or pathlib.Path(WORKDIR.value) / "export")
+    out = files.path(OUT.value) if OUT.value else files.path(WORKDIR.value) / "export"
     latents = None
     if POSTHOC_STD.value and WEIGHTS.present:
         raise ConfigError("--weights and --posthoc_std exclude each other")

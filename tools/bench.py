@@ -19,8 +19,6 @@ the largest ratio of one round.
 """
 
 import contextlib
-import copy
-import dataclasses
 import itertools
 import json
 import math
@@ -38,7 +36,7 @@ from experiments import shell
 from flowjax import generate, times
 from flowjax.config import ConfigError, keywords, split
 from flowjax.models import flops
-from flowjax.train import card, generator, runtime
+from flowjax.train import card, runtime
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
 
@@ -59,18 +57,6 @@ def compiled(fn, *args):
     finally:
         jax.monitoring.unregister_event_listener(listen)
     return executable, {"trace": traced - start, "compile": time.perf_counter() - traced, "cached": bool(hits)}
-
-
-def plain(this):
-    """The run with plain attention and nothing rematerialised: the same mathematics, all of whose operations can be counted."""
-
-    def one(role):
-        fields = {k: v for k, v in (("attention", "xla"), ("remat", "none")) if hasattr(role.module, k)}
-        return dataclasses.replace(role, module=role.module.clone(**fields))
-
-    this = copy.copy(this)
-    this.roles = {name: one(role) for name, role in this.roles.items()}
-    return this
 
 
 def tokens_of(this) -> int | None:
@@ -132,22 +118,19 @@ class Steps:
 
     def work(self) -> int:
         """Model FLOPs of one step."""
-        return flops.count(plain(self.this).step(), self.this.target, self.this.frozen, self.first)
+        return flops.count(self.this.plain().step(), self.this.target, self.this.frozen, self.first)
 
 
 class Draws:
     """Our side of sampling: Draws(run, sampler, steps, batch)(count) draws `batch` samples so many times."""
 
     def __init__(self, this, sampler, steps: int, batch: int):
-        section, shape = this.config["sample"], this.example[0].shape[1:]
-        guidance, besides = generator.second_network(section["guidance"], shape)
-        codec = this.roles["vae"].net(this.loaded["vae"][0]) if "vae" in this.roles else None
-        options = {"steps": steps, "sampler": sampler, "grid": section["grid"], "guidance": guidance, "codec": codec, "besides": besides}
+        section = {**this.config["sample"], "sampler": sampler, "steps": steps}
         classes = this.pipeline.num_classes if getattr(this.roles["net"].module, "num_classes", 0) else 0
         cond = {"label": generate.balanced_labels(batch, classes)} if classes else {}
         self.inputs = this.config["seed"], np.arange(batch), cond
-        self.this, self.make = this, lambda this: this.jit(generate.make(this.roles["net"], shape, **options))
-        self.sample, self.spent = compiled(self.make(this), this.target.params["net"], *self.inputs)
+        self.this, self.section = this, section
+        self.sample, self.spent = compiled(this.sampler(section), this.target.params["net"], *self.inputs)
         self.params = this.fresh().params["net"]
 
     def __call__(self, count: int):
@@ -161,7 +144,7 @@ class Draws:
     def work(self) -> int | None:
         """Model FLOPs of one call; None where the number of model calls is decided while sampling."""
         try:
-            return flops.count(self.make(plain(self.this)), self.params, *self.inputs)
+            return flops.count(self.this.plain().sampler(self.section), self.params, *self.inputs)
         except ValueError:
             return None
 

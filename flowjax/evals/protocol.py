@@ -84,12 +84,12 @@ class Record:
 
     def write(self, path: str | os.PathLike):
         """Write JSON, whole or not at all."""
-        path = pathlib.Path(path)
+        path = path if hasattr(path, "write_text") else pathlib.Path(path)
         text = self.json()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         partial.write_text(text)
-        os.replace(partial, path)
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Record":

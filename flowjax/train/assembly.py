@@ -235,12 +235,19 @@ class Run:
         What utilisation is measured in are these, and neither the work that a remat policy repeats nor what is hidden in a kernel.
         """
 
-        def one(role):
-            fields = {k: v for k, v in (("attention", "xla"), ("remat", "none")) if hasattr(role.module, k)}
-            return dataclasses.replace(role, module=role.module.clone(**fields))
+        wanted = {"remat": "none"}
+        if self.mesh.devices.flat[0].platform != "cpu":  # where "auto" is plain, and another trace would take time
+            wanted["attention"] = "xla"
 
+        def one(role):
+            fields = {k: v for k, v in wanted.items() if getattr(role.module, k, v) != v}
+            return dataclasses.replace(role, module=role.module.clone(**fields)) if fields else role
+
+        roles = {name: one(role) for name, role in self.roles.items()}
+        if all(roles[k] is self.roles[k] for k in roles):
+            return self
         this = copy.copy(self)
-        this.roles = {name: one(role) for name, role in self.roles.items()}
+        this.roles = roles
         return this
 
     def validate(self):

@@ -1,14 +1,13 @@
 """The start-up card: what will really run, printed and saved before step 1."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flowjax.train import ema as ema_lib
-from flowjax.train import hardware
+from flowjax.train import files, hardware
 
 
 def peak_flops() -> float | None:
@@ -54,7 +53,7 @@ def write(workdir, facts: dict):
         walk(v, k, 0)
     text = "\n".join(lines)
     if jax.process_index() == 0:
-        workdir = pathlib.Path(workdir)
+        workdir = files.path(workdir)
         (workdir / "card.json").write_text(json.dumps(facts, indent=1, default=str))
         (workdir / "card.txt").write_text(text + "\n")
     return text

@@ -312,10 +312,7 @@ def _drawer(this, workdir):
         return draw
     if role.module.kind != "denoiser":
         raise ConfigError(f"sample.every = {section['every']}: a network of kind {role.module.kind!r} draws nothing; set it to 0")
-    codec = this.roles["vae"].net(this.loaded["vae"][0]) if "vae" in this.roles else None
-    options = {k: section[k] for k in ("steps", "sampler", "grid")}
-    options["guidance"], options["besides"] = generator.second_network(section["guidance"], this.example[0].shape[1:])
-    sample = this.jit(generate.make(role, this.example[0].shape[1:], codec=codec, **options))
+    sample = this.sampler(section)
     count, classes = section["count"], this.pipeline.num_classes
     cond = {"label": generate.balanced_labels(count, classes)} if classes else {}
     # Traced now, so that a bad sampler is refused before training, not at the first picture.
@@ -346,7 +343,8 @@ def _facts(this, train_step, compiled, state, batch, drawn, rate):
     """The card's content. drawn: times that the first steps draw, or None; rate: learning rate as a function of the step, by role."""
     config = this.config
     memory = compiled.memory_analysis()
-    flops_per_step = flops.count(train_step, state, this.frozen, batch)
+    counted = this.plain()
+    flops_per_step = flops.count(train_step if counted is this else counted.step(), state, this.frozen, batch)
     dtypes = {str(v.dtype) for v in jax.tree.leaves(state.params)}
     facts = {
         "config": config,

@@ -1,5 +1,6 @@
 """The process: compile cache, several processes, log format. Called by the binaries before anything touches a device."""
 
+import logging
 import os
 import pathlib
 import sys
@@ -24,6 +25,14 @@ def setup(coordinator: str = "", processes: int = 0, process_id: int = -1, heart
 
     # orbax narrates every file it writes at the INFO level.
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # What the library decides by itself (which attention, ...) is said, by process 0.
+    logger = logging.getLogger("flowjax")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.addFilter(lambda record: jax.process_index() == 0)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/flowjax/jax").expanduser()))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
