@@ -39,7 +39,6 @@ setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "default": [],
         "adaptive": ["diffrax>=0.7"],
         "gcs": ["gcsfs"],  # workdirs in buckets: gs://...
         # XLA's TPU compiler, for tools.plan on a machine without a TPU; keep it out of environments that run CPU tests.

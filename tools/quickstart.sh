@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
-setup_env default
+setup_env ""
 run="${1:-runs/quickstart}"
 python="$VENV/bin/python"
 # The same on every machine; unset to use an accelerator.

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: a virtual environment with flowjax installed, made once and reused.
 #
-#   setup_env <extras>      e.g. setup_env test   or   setup_env test,oracle
+#   setup_env <extras>      e.g. setup_env ""   or   setup_env test,oracle
 #
 # PYTHON chooses the interpreter (3.11 or later), VENV the directory.
 
@@ -19,11 +19,11 @@ setup_env() {
     echo "making a virtual environment in $VENV with $("$python" --version)"
     "$python" -m venv "$VENV" || return 1
   fi
-  local stamp="$VENV/.flowjax-$extras" wanted
+  local stamp="$VENV/.flowjax-${extras:-plain}" wanted
   wanted="$(cksum < "$root/setup.py")"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing flowjax[$extras]"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root[$extras]" || return 1
+    echo "installing flowjax${extras:+[$extras]}"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$root${extras:+[$extras]}" || return 1
     echo "$wanted" > "$stamp"
   fi
   export VENV

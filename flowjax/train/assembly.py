@@ -135,8 +135,9 @@ class Run:
 
     def _init_params(self, key):
         boxed = {}
-        for i, name in enumerate(self.trained):
-            boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), *self.example)
+        with sharding.use(self.mesh, self.rules):
+            for i, name in enumerate(self.trained):
+                boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), *self.example)
         return boxed
 
     def _places(self):
