@@ -102,21 +102,21 @@ def test_every_diffusion_keeps_the_marginals(diffusion, path):
 
 
 def test_diffusion_coefficients():
-    t = jnp.asarray(0.25)
+    t = jnp.asarray(1 / 6)
     expected = {
         "constant": 1.0,
-        "sbdm": 1 / 3,
-        "sigma": 0.25,
-        "linear": 0.25,
-        "decreasing": (1 - math.sqrt(0.5)) ** 2 / 4,
-        "increasing_decreasing": 0.5,
+        "sbdm": 1 / 5,
+        "sigma": 1 / 6,
+        "linear": 1 / 6,
+        "decreasing": (1 - math.sqrt(0.75)) ** 2 / 4,
+        "increasing_decreasing": 0.25,
     }
     assert set(expected) == set(DIFFUSIONS)
     for name, value in expected.items():
         assert float(DIFFUSIONS[name](RF, t)) == pytest.approx(value, abs=1e-12), name
     gvp = trigonometric()
-    assert float(DIFFUSIONS["sigma"](gvp, t)) == pytest.approx(math.sin(math.pi / 8))
-    assert float(DIFFUSIONS["sbdm"](gvp, t)) == pytest.approx(math.pi / 2 * math.tan(math.pi / 8))
+    assert float(DIFFUSIONS["sigma"](gvp, t)) == pytest.approx(math.sin(math.pi / 12))
+    assert float(DIFFUSIONS["sbdm"](gvp, t)) == pytest.approx(math.pi / 2 * math.tan(math.pi / 12))
     for path in (RF, gvp, PATHS["vp_linear"](), ve()):  # half the g^2 of the forward SDE
         assert float(DIFFUSIONS["sbdm"](path, t)) == pytest.approx(float(path.diffusion(t)) / 2)
     assert float(DIFFUSIONS["sbdm"](RF, jnp.asarray(1.0))) == 0.0
@@ -160,6 +160,10 @@ def test_last_step_of_the_sde():
     assert ends["euler"] == pytest.approx(float((x - 0.04 * data.velocity(RF, x, 0.04))[0, 0]))
     assert ends["denoise"] == pytest.approx(float(data.x_mean(RF, x, 0.04)[0, 0]))
     assert ends["mean"] == pytest.approx(ends["euler"] + 0.04 * float(data.score(RF, x, 0.04)[0, 0]))
+    # The clean end of this path is not zero: the step goes there, and not beyond.
+    model, times = data.model(PATHS["vp_linear"]()), [3e-5, 1e-5]
+    by_sde = sample(model, x, KEY, times, {"name": "euler_maruyama", "last": "euler"})
+    np.testing.assert_allclose(by_sde - x, sample(model, x, KEY, times, "euler") - x, rtol=1e-9)
 
 
 # Point-mass data: x_hat is exact, and so is the law after every step of a sampler that draws from the path's own posterior.

@@ -14,7 +14,7 @@ from flowjax.samplers.base import Sampler
 SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8", "heun": "Heun"}
 
 
-def adaptive_step(model, x, t, s, key, carry, *, solver="tsit5", rtol=1e-5, atol=1e-5, max_steps=4096):
+def adaptive_step(model, x, t, s, key, carry, *, solver, rtol, atol, max_steps):
     """x_s from x_t by an adaptive solve."""
     diffrax = _diffrax()
     if model.memory is not None:

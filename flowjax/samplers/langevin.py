@@ -22,7 +22,7 @@ def langevin(model, x, t, key, eta):
     return x + eta * model.get("score", x, t) + jnp.sqrt(2 * eta) * normal(key, x)
 
 
-def annealed_step(model, x, t, s, key, carry, *, updates=5, step_size=0.062, denoise=True):
+def annealed_step(model, x, t, s, key, carry, *, updates, step_size, denoise):
     """`updates` Langevin updates at level t with eta = step_size b(t)^2, then on to the level s."""
     path = model.path
     eta = step_size * path.b(t) ** 2
@@ -36,7 +36,7 @@ def annealed_step(model, x, t, s, key, carry, *, updates=5, step_size=0.062, den
     return scaled, carry
 
 
-def predictor_corrector_step(model, x, t, s, key, carry, *, predictor, corrector_updates=1, snr=0.16):
+def predictor_corrector_step(model, x, t, s, key, carry, *, predictor, corrector_updates, snr):
     """Corrector at level t with eta = 2 (snr b(t))^2, then the predictor from t to s.
 
     The paper's code takes eta = 2 (snr |xi| / |score|)^2 with norms averaged over the batch. For score = -z / b that ratio

@@ -54,7 +54,7 @@ def _transition(model, x, t, s, diffusion, scale):
     return mean + dif * h * score, jnp.sqrt(2 * dif * h), y
 
 
-def euler_maruyama_step(model, x, t, s, key, carry, *, diffusion="sbdm", scale=1.0, last="mean"):
+def euler_maruyama_step(model, x, t, s, key, carry, *, diffusion, scale, last):
     """One step of the SDE; at the clean end its mean, the ODE's Euler step, or x_hat, without noise."""
     mean, std, y = _transition(model, x, t, s, diffusion, scale)
     clean = mean
@@ -65,7 +65,7 @@ def euler_maruyama_step(model, x, t, s, key, carry, *, diffusion="sbdm", scale=1
     return jnp.where(is_last(model.path, s), clean, mean + std * normal(key, x)), carry
 
 
-def churn_step(model, x, t, s, key, gamma, *, s_min=0.0, s_max=math.inf, s_noise=1.0):
+def churn_step(model, x, t, s, key, gamma, *, s_min, s_max, s_noise):
     """EDM's Algorithm 2 on any path: raise the noise level to (1 + gamma) sigma, then a Heun step from there to s.
 
     The time is raised to at most path.t_max, and not at all where sigma is infinite.
