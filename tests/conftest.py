@@ -23,6 +23,11 @@ def float64():
         yield
 
 
+# The longest files, longest first: a worker that starts one of them last keeps the others waiting.
+LONGEST = ("smoke", "train_processes", "sharding", "train_parallel", "train_config", "models_unet", "models_dit", "samplers", "train_checkpoint")
+
+
 def pytest_collection_modifyitems(items):
-    """The binaries' tests first: they are the longest file, and a worker that starts it last keeps the others waiting."""
-    items.sort(key=lambda item: "test_smoke" not in item.nodeid)
+    """Files in the order of LONGEST, then the others as they come."""
+    order = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -58,6 +58,14 @@ def test_a_network_without_tokens_on_one_batch_without_a_known_peak():
     assert lines["tokens/s/chip"] == "no tokens" and "unknown" in lines["MFU"] and lines["data"] == "one fixed batch"
 
 
+def test_the_pipeline_alone():
+    out = bench.feed(tiny(**DIGITS), warmup=1, repeats=3)
+    assert out["images_per_second"] == pytest.approx(out["batch"] * 3 / out["seconds"])
+    # 8x8 float32 images and int32 labels.
+    assert out["bytes_per_second"] == pytest.approx(out["images_per_second"] * (64 + 1) * 4)
+    assert out["images_per_second_per_core"] == pytest.approx(out["images_per_second"] / bench.threads())
+
+
 def test_operations_do_not_count_what_remat_repeats():
     once = Run(tiny(**DIGITS))
     again = Run(tiny(data=DIGITS["data"], model={**DIT, "remat": "full"}))

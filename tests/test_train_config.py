@@ -34,7 +34,7 @@ def test_unknown_top_level_key(tmp_path):
 FLOW = {"name": "flow_matching"}
 UNKNOWN = {
     "log": ({"log": {"ever": 1}}, "log.ever is unknown; valid: every, tensorboard, progress"),
-    "mesh": ({"mesh": {"context": 2}}, "mesh.context is unknown; valid: data, fsdp, tensor"),
+    "mesh": ({"mesh": {"pipeline": 2}}, "mesh.pipeline is unknown; valid: data, fsdp, tensor, context"),
     "checkpoint": ({"checkpoint": {"max": 2}}, "checkpoint.max is unknown; valid: every, keep, keep_every, best"),
     "validation": ({"validation": {"batch": 2}}, "validation.batch is unknown; valid: every, batches, split"),
     "sample": ({"sample": {"nfe": 2}}, "sample.nfe is unknown; valid: steps, sampler"),

@@ -24,13 +24,9 @@ def config(sizes, **changes):
     return tiny(**(base | changes), mesh=dict(zip(mesh_lib.AXES, sizes)))
 
 
-def one_step(sizes, monkeypatch, **changes):
+def one_step(sizes, **changes):
     """(state, gradients, metrics) after a step from random parameters (adaLN-zero's zeros would hide every mistake)."""
-    devices = jax.devices()[: np.prod(sizes)]
-    make = mesh_lib.make_mesh
-    with monkeypatch.context() as patch:
-        patch.setattr(mesh_lib, "make_mesh", lambda **kw: make(**kw, devices=devices))
-        run = Run(config(sizes, **changes))
+    run = Run(config(sizes, **changes), devices=jax.devices()[: np.prod(sizes)])
     start = run.fresh()
     values = jax.tree.map(lambda v: 0.3 * np.asarray(v), randomise(jax.device_get(start.params["net"])))
     # Copies: the step donates its state, and may not find one buffer in two places.
@@ -42,8 +38,8 @@ def one_step(sizes, monkeypatch, **changes):
     return jax.device_get(state), gradients, jax.device_get(metrics), split
 
 
-def check(sizes, reference, monkeypatch, **changes):
-    state, gradients, metrics, split = one_step(sizes, monkeypatch, **changes)
+def check(sizes, reference, **changes):
+    state, gradients, metrics, split = one_step(sizes, **changes)
     want_state, want, want_metrics, _ = reference
     assert split == (sizes[1] * sizes[2] > 1), "parameters are split exactly when the mesh says so"
     assert metrics.keys() == want_metrics.keys() and "loss" in metrics
@@ -59,22 +55,21 @@ def check(sizes, reference, monkeypatch, **changes):
 
 @pytest.fixture(scope="module")
 def reference():
-    with pytest.MonkeyPatch.context() as patch:
-        return one_step(ONE, patch)
+    return one_step(ONE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_dit_with_dropout(sizes, reference, monkeypatch):
-    check(sizes, reference, monkeypatch)
+def test_dit_with_dropout(sizes, reference):
+    check(sizes, reference)
 
 
 @pytest.mark.slow
-def test_accumulation_on_a_mesh(reference, monkeypatch):
+def test_accumulation_on_a_mesh(reference):
     """Slices on the mesh == slices on one device (dropout differs from that of the whole batch)."""
-    one = one_step(ONE, monkeypatch, accumulate=2)
+    one = one_step(ONE, accumulate=2)
     assert one[2]["loss"] != pytest.approx(reference[2]["loss"], rel=1e-6)
-    check((2, 2, 2), one, monkeypatch, accumulate=2)
+    check((2, 2, 2), one, accumulate=2)
 
 
 VAE = {"name": "autoencoder_kl", "channels": 8, "multipliers": (1, 2), "layers": 1, "latent_channels": 2, "image_channels": 1, "groups": 4, "mid_attention": False}  # fmt: skip
@@ -94,16 +89,16 @@ def autoencoder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_vae(monkeypatch):
+def test_vae():
     changes = dict(model=VAE, objective={"name": "vae"})
-    check((2, 2, 2), one_step(ONE, monkeypatch, **changes), monkeypatch, **changes)
+    check((2, 2, 2), one_step(ONE, **changes), **changes)
 
 
 @pytest.mark.slow
-def test_latents(autoencoder, monkeypatch, tmp_path):
+def test_latents(autoencoder, tmp_path):
     """A DiT on the latents of a frozen VAE: the same on a mesh, and through the whole loop, export and pictures."""
     changes = dict(model={**DIT, "patch": 2}, roles={"vae": {"checkpoint": autoencoder}})
-    check((2, 2, 1), one_step(ONE, monkeypatch, **changes), monkeypatch, **changes)
+    check((2, 2, 1), one_step(ONE, **changes), **changes)
     run = config((2, 2, 2), **changes, steps=2, sample={"steps": 2, "sampler": "euler", "count": 4, "every": 2})
     train(run, tmp_path / "run")
     assert list((tmp_path / "run" / "samples").glob("*.png"))

@@ -93,7 +93,7 @@ def test_any_number_of_processes_trains_and_resumes_alike(tmp_path):
     for code, out in finish(*job(two, plain, devices=2)):
         assert code == 0, out
     same_run(one, two)
-    for source, target, processes in ((two, four, 4), (one, tmp_path / "one_two", 2), (two, tmp_path / "two_one", 1)):
+    for source, target, processes in ((two, four, 4), (two, tmp_path / "two_one", 1)):
         # The newest checkpoint lost, another number of processes goes on from step 2.
         shutil.copytree(source, target)
         shutil.rmtree(target / "checkpoints" / "4")

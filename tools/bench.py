@@ -4,6 +4,7 @@ Assembles the run as training does, without a workdir, and times its real jitted
 steps/s, images/s, tokens/s per chip, model-TFLOP/s, utilisation, memory, waiting for data, compile time.
 
     --synthetic                                  one fixed batch instead of the pipeline: compute without data
+    --feed                                       the pipeline alone: images/s that it can deliver, whoever computes
     --sampling --samplers=heun,euler --steps=10,25   drawing samples instead of training, by sampler and steps
     --vs=torch                                   the same model in plain PyTorch in turn, A B A B ..., and the ratio of the two
     --json=FILE                                  everything, with device, versions and config
@@ -35,8 +36,9 @@ from absl import flags
 from experiments import shell
 from flowjax import generate, times
 from flowjax.config import ConfigError, keywords, split
+from flowjax.data.pipeline import pipeline
 from flowjax.models import flops
-from flowjax.train import card, runtime
+from flowjax.train import card, runtime, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
 
@@ -185,6 +187,25 @@ def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repea
             "seconds_to": draws.spent,
         })  # fmt: skip
     return rows
+
+
+def feed(config, warmup: int = 3, repeats: int = 20) -> dict:
+    """What the pipeline of a config delivers with nobody computing; it has all the CPU's cores."""
+    config = settings.resolve(config)
+    batch = config["batch_size"]
+    stream = pipeline(config["data"], batch, config["seed"])
+    # Taken without a pause, batches are never ready ahead of time: as many are read as are taken.
+    for _ in range(max(1, warmup)):
+        first = next(stream)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        next(stream)
+    seconds = time.perf_counter() - start
+    size = sum(v.nbytes for v in jax.tree.leaves(first))
+    return {
+        "batch": batch, "repeats": repeats, "seconds": seconds, "images_per_second": batch * repeats / seconds,
+        "images_per_second_per_core": batch * repeats / seconds / threads(), "bytes_per_second": size * repeats / seconds,
+    }  # fmt: skip
 
 
 # --- against PyTorch
@@ -397,6 +418,7 @@ def define():
     flags.DEFINE_integer("repeats", 0, "Timed steps or calls; 0: 20 steps or 5 calls, with --vs 5 or 1 in each round.", lower_bound=0)
     flags.DEFINE_integer("rounds", None, "With --vs: how often the two sides take turns; default 7.", lower_bound=1)
     flags.DEFINE_bool("synthetic", False, "Train on one fixed batch; --vs always does.")
+    flags.DEFINE_bool("feed", False, "Measure the pipeline alone.")
     flags.DEFINE_bool("sampling", False, "Measure sampling, with fresh weights, instead of training.")
     flags.DEFINE_list("samplers", [], "With --sampling: names; default: the config's sampler.")
     flags.DEFINE_list("steps", [], "With --sampling: numbers of steps; default: the config's.")
@@ -412,6 +434,8 @@ def main():
             raise ConfigError(f"--{name} is for --sampling")
     if given["rounds"].present and not given.vs:
         raise ConfigError("--rounds is for --vs")
+    if given.feed and (given.sampling or given.vs or given.synthetic):
+        raise ConfigError("--feed measures the pipeline alone; leave out --sampling, --vs and --synthetic")
     if given.synthetic and (given.sampling or given.vs):
         raise ConfigError("--synthetic is for training alone: sampling reads no data, and --vs always trains on one batch")
     try:
@@ -429,7 +453,13 @@ def main():
     options = {"warmup": given.warmup} | ({"repeats": given.repeats} if given.repeats else {})
     options |= {"rounds": given.rounds} if given.rounds else {}
     options |= {"samplers": given.samplers, "steps": counts, "batch": given.batch} if given.sampling else {}
-    if given.vs:
+    if given.feed:
+        results = feed(given.config, **options)
+        lines = [
+            f"pipeline alone: {_number(results['images_per_second'], digits=6)} images/s, "
+            f"{_number(results['images_per_second_per_core'], digits=6)} a core of {threads()}, {_bytes(results['bytes_per_second'])}/s"
+        ]
+    elif given.vs:
         results = sample_vs_torch(given.config, **options) if given.sampling else [train_vs_torch(given.config, **options)]
         lines = table_vs_torch(results)
     elif given.sampling:
@@ -444,7 +474,7 @@ def main():
         print(f"{device['count']} x {device['kind']} ({', '.join(f'{k} {v}' for k, v in facts['versions'].items())})")
         print("\n".join(lines))
         if target:
-            what = "sampling" if given.sampling else "training"
+            what = "feed" if given.feed else "sampling" if given.sampling else "training"
             everything = {**facts, "command": sys.argv[1:], "config": given.config.to_dict(), what: results}
             target.write_text(json.dumps(everything, indent=1, default=str))
     return 0

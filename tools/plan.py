@@ -13,6 +13,7 @@ against the analytic count, collectives by kind, and a roofline. Nothing is run:
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -24,18 +25,6 @@ from ml_collections import config_flags
 
 from experiments import shell
 from flowjax.config import ConfigError
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:arg]; --config.key=value overrides.", lock_config=True)
-TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:8x8, ... or cpu:<devices>.", required=True)
-SLICES = flags.DEFINE_integer("slices", 1, "How many such TPU slices, joined by the data centre's network.", lower_bound=1)
-OUT = flags.DEFINE_string("out", "", "JSON file to write.")
-HLO = flags.DEFINE_string("hlo", "", "File for the compiled text of the train step.")
-SAMPLER = flags.DEFINE_boolean("sampler", True, "Compile the sampler as well.")
-SEARCH = flags.DEFINE_boolean("search", False, "Try the meshes and remat policies below and rank those that fit.")
-FSDP = flags.DEFINE_list("fsdp", [], "Sizes of mesh.fsdp to search; default: 1, the devices, and about their square root.")
-TENSOR = flags.DEFINE_list("tensor", ["1"], "Sizes of mesh.tensor to search.")
-REMAT = flags.DEFINE_list("remat", ["none", "attention", "full"], "Policies of model.remat to search, least recomputation first.")
-flags.mark_flag_as_required("config")
 
 TPUS = ("v5e", "v5p", "v6e")
 EXAMPLES = "v5e:2x2, v5e:4x4, v5e:16x16, v5p:2x2x1, v5p:4x4x4, v6e:8x8, cpu:8"
@@ -192,27 +181,26 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
-def search(config, devices, chip) -> list[dict]:
+def search(config, devices, chip, fsdp=(), tensor=(1,), remat=("none",)) -> list[dict]:
     """Plans of every mesh asked for, each with the first remat policy that fits, best first; those that do not fit last."""
     count, found = len(devices), []
     root = max(n for n in range(1, count + 1) if count % n == 0 and n * n <= count)
-    sizes = [int(n) for n in FSDP.value] or sorted({1, root, count})
-    for tensor in map(int, TENSOR.value):
-        for fsdp in sizes:
-            for remat in REMAT.value if "remat" in _fields(config) else [None]:
-                changed = {**config, "mesh": {"data": -1, "fsdp": fsdp, "tensor": tensor, "context": config["mesh"].get("context", 1)}}
-                if remat:
-                    changed["model"] = {**config["model"], "remat": remat}
-                try:
-                    one = plan(assemble(changed, devices), chip)
-                except ConfigError as error:
-                    print(f"fsdp {fsdp}, tensor {tensor}: {error}", flush=True)
-                    break
-                one["remat"] = remat
-                found.append(one)
-                print(f"remat {remat}, " + report(one, "step"), flush=True)
-                if one["fits"]:
-                    break
+    meshes = itertools.product(tensor, fsdp or sorted({1, root, count}))
+    for across, split in meshes:
+        for policy in remat if "remat" in _fields(config) else [None]:
+            changed = {**config, "mesh": {"data": -1, "fsdp": split, "tensor": across, "context": config["mesh"].get("context", 1)}}
+            if policy:
+                changed["model"] = {**config["model"], "remat": policy}
+            try:
+                one = plan(assemble(changed, devices), chip)
+            except ConfigError as error:
+                print(f"fsdp {split}, tensor {across}: {error}", flush=True)
+                break
+            one["remat"] = policy
+            found.append(one)
+            print(f"remat {policy}, " + report(one, "step"), flush=True)
+            if one["fits"]:
+                break
     return sorted(found, key=lambda p: (not p["fits"], p.get("roofline", {}).get("step", 0)))
 
 
@@ -222,16 +210,34 @@ def _fields(config):
     return getattr(MODELS[config["model"]["name"]], "__dataclass_fields__", {})
 
 
+def define():
+    """The flags; not at import, so that the functions above can be used beside other binaries' flags."""
+    config_flags.DEFINE_config_file("config", None, "configs/<name>.py[:arg]; --config.key=value overrides.", lock_config=True)
+    flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:8x8, ... or cpu:<devices>.", required=True)
+    flags.DEFINE_integer("slices", 1, "How many such TPU slices, joined by the data centre's network.", lower_bound=1)
+    flags.DEFINE_string("out", "", "JSON file to write.")
+    flags.DEFINE_string("hlo", "", "File for the compiled text of the train step.")
+    flags.DEFINE_boolean("sampler", True, "Compile the sampler as well.")
+    flags.DEFINE_boolean("search", False, "Try the meshes and remat policies below and rank those that fit.")
+    flags.DEFINE_list("fsdp", [], "Sizes of mesh.fsdp to search; default: 1, the devices, and about their square root.")
+    flags.DEFINE_list("tensor", ["1"], "Sizes of mesh.tensor to search.")
+    flags.DEFINE_list("remat", ["none", "attention", "full"], "Policies of model.remat to search, least recomputation first.")
+    flags.mark_flag_as_required("config")
+
+
 def main():
+    given = flags.FLAGS
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    devices, chip = devices_of(TOPOLOGY.value, SLICES.value)
+    devices, chip = devices_of(given.topology, given.slices)
     from flowjax.train import runtime, settings
 
     runtime.setup()
-    config = settings.resolve(CONFIG.value)
-    out = {"topology": TOPOLOGY.value, "slices": SLICES.value, "config": config}
-    if SEARCH.value:
-        out["search"] = found = search(config, devices, chip)
+    config = settings.resolve(given.config)
+    out = {"topology": given.topology, "slices": given.slices, "config": config}
+    if given.search:
+        out["search"] = found = search(
+            config, devices, chip, [int(n) for n in given.fsdp], [int(n) for n in given.tensor], given.remat
+        )
         print("\nbest first:")
         for p in found:
             time_ = f"{1e3 * p['roofline']['step']:.3g} ms, bound by {p['roofline']['bound by']}" if "roofline" in p and p["fits"] else ""
@@ -239,20 +245,21 @@ def main():
         fits = any(p["fits"] for p in found)
     else:
         run = assemble(config, devices)
-        out["step"] = plan(run, chip, save_text=HLO.value)
+        out["step"] = plan(run, chip, save_text=given.hlo)
         print(report(out["step"], "train step"))
         for line in advice(out["step"], config, chip):
             print(f"  -> {line}")
-        if SAMPLER.value and run.roles["net"].module.kind == "denoiser":
+        if given.sampler and run.roles["net"].module.kind == "denoiser":
             out["sampler"] = plan(run, chip, "sampler")
             print(report(out["sampler"], "sampler"))
         fits = out["step"]["fits"]
-    if OUT.value:
-        path = pathlib.Path(OUT.value)
+    if given.out:
+        path = pathlib.Path(given.out)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(out, indent=1))
     return 0 if fits else 1
 
 
 if __name__ == "__main__":
+    define()
     shell.run(main)

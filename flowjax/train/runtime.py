@@ -25,11 +25,11 @@ def setup(coordinator: str = "", processes: int = 0, process_id: int = -1, heart
 
     # orbax narrates every file it writes at the INFO level.
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # What the library decides by itself (which attention, ...) is said, by process 0.
+    # What the library decides by itself (which attention, ...) is said, by process 0; warnings by whoever has them.
     logger = logging.getLogger("flowjax")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)
-        handler.addFilter(lambda record: jax.process_index() == 0)
+        handler.addFilter(lambda record: record.levelno >= logging.WARNING or jax.process_index() == 0)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
