@@ -100,6 +100,7 @@ TPU = """
   %f1 = bf16[72,64]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   %ag.1 = bf16[64,64]{1,0} all-gather(%f1), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
   %ag.2 = bf16[64,64]{1,0} all-gather(%f1), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
+  %f2 = bf16[72,64]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %t = (s32[], /*index=1*/bf16[72,64]{1,0}) tuple(%p, %f1)
 }
 %cond (p: (s32[], bf16[72,64])) -> pred[] {
@@ -135,3 +136,20 @@ def test_an_unrolled_loop_turns_less_often_than_its_bound():
     text = head.replace(body, body + counter, 1).replace("tuple(%p, %f1)", "tuple(%i2, %f1)") + "%cond (p" + tail
     text = text.replace(cond, cond + "\n  %i = s32[] get-tuple-element(%p), index=0").replace("compare(%p, %c)", "compare(%i, %c)")
     assert {c.turns for c in hlo.collectives(text, 8)} == {14}
+
+
+def test_an_exchange_that_is_made_in_pieces_beside_an_inner_loop_is_one():
+    """The compiler hides an all-gather behind the turns of a loop: its copies in that loop are not more of them."""
+    inner = """%inner (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %ag.3 = bf16[64,64]{1,0} all-gather(%x), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
+  ROOT %t = (s32[]) tuple(%p)
+}
+%inner_cond (p: (s32[])) -> pred[] {
+  %p = (s32[]) parameter(0)
+  %c = s32[] constant(4)
+  ROOT %lt = pred[] compare(%p, %c), direction=LT
+}
+"""
+    text = inner + TPU.replace("  %f2 =", "  %w4 = (s32[]) while(%p), condition=%inner_cond, body=%inner\n  %f2 =")
+    assert [c.turns for c in hlo.collectives(text, 8) if c.kind == "all-gather"] == [28]

@@ -5,6 +5,7 @@ scanned need the multiplication.
 """
 
 import math
+import operator
 import re
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ _CALLED = re.compile(r"\b(calls|body|condition|to_apply|branch_computations|true
 
 
 class Instruction(NamedTuple):
-    """One line of HLO. `shape` and `rest` (operands and attributes) are text; `turns`: how often a step executes it."""
+    """One line of HLO. `shape` and `rest` (operands and attributes) are text; `turns`: how often a step executes it; `loops`: how
+    often the loop around it turns, which is less where several instructions call its computation."""
 
     name: str
     shape: str
@@ -26,6 +28,7 @@ class Instruction(NamedTuple):
     rest: str
     computation: str
     turns: int
+    loops: int
 
 
 class Collective(NamedTuple):
@@ -66,8 +69,8 @@ def instructions(text: str) -> list[Instruction]:
             bodies[name].append(_parse(line))
             if line.lstrip().startswith("ROOT "):
                 roots[name] = bodies[name][-1]
-    turns = _turns(bodies, roots, entry)
-    return [Instruction(*parsed, name, turns[name]) for name, lines in bodies.items() if turns.get(name) for parsed in lines]
+    turns, loops = (_turns(bodies, roots, entry, merge) for merge in (operator.add, max))
+    return [Instruction(*line, name, turns[name], loops[name]) for name, lines in bodies.items() if turns.get(name) for line in lines]
 
 
 def _parse(line: str):
@@ -82,8 +85,8 @@ def _parse(line: str):
     return name.lstrip("%"), re.sub(r"/\*.*?\*/", "", shape), opcode, rest
 
 
-def _turns(bodies, roots, entry) -> dict[str, int]:
-    """How often each computation runs per step."""
+def _turns(bodies, roots, entry, merge) -> dict[str, int]:
+    """How often each computation runs per step; merge: what several callers amount to."""
     calls = {name: [] for name in bodies}  # computation -> [(called, times)]
     for name, lines in bodies.items():
         for _, _, opcode, rest in lines:
@@ -102,7 +105,7 @@ def _turns(bodies, roots, entry) -> dict[str, int]:
     visit(entry)
     for name in reversed(order):  # callers before what they call
         for callee, times in calls[name]:
-            turns[callee] = turns.get(callee, 0) + turns[name] * times
+            turns[callee] = merge(turns.get(callee, 0), turns[name] * times)
     return turns
 
 
@@ -141,8 +144,9 @@ def _element(rest: str) -> int:
 def collectives(text: str, devices: int) -> list[Collective]:
     """The exchanges of a compiled module for `devices` devices.
 
-    TPU programs write a reduce-scatter as an all-reduce within a computation of that name, and repeat one that is fused with
-    the arithmetic around it; the channel tells that it is the same.
+    TPU programs write a reduce-scatter as an all-reduce within a computation of that name. One that is fused with the arithmetic
+    around it appears in several computations, or in one that several fusions call, or piece by piece in a loop; the channel
+    tells that it is the same, and the place where it turns least how often it is made.
     """
     found = {}
     for i, op in enumerate(instructions(text)):
@@ -157,9 +161,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
         whole = sum(arrays) * (group if kind == "reduce-scatter" else 1)
         channel = re.search(r"channel_id=(\d+)", op.rest)
         where = re.search(r'op_name="([^"]*)"', op.rest)
-        one = Collective("reduce-scatter" if scatter else kind, whole, group, op.turns, where[1] if where else op.name)
+        turns = op.loops if channel else op.turns
+        one = Collective("reduce-scatter" if scatter else kind, whole, group, turns, where[1] if where else op.name)
         key = (kind, int(channel[1])) if channel else ("", i)
-        if key not in found or found[key].turns * found[key].bytes < one.turns * one.bytes:
+        if key not in found or found[key].turns > one.turns:
             found[key] = one
     return [c for c in found.values() if c.group > 1]
 
