@@ -64,6 +64,18 @@ def test_laws(name, stratified, shift):
     assert_follows(unshifted, cdf)
 
 
+@pytest.mark.parametrize("name", sorted(CDFS))
+def test_cdf_is_the_published_one_where_it_rises_and_flat_elsewhere(name):
+    settings, published = CDFS[name]
+    t = np.linspace(0.05, 0.95, 19)
+    np.testing.assert_allclose(times.cdf(t, RECTIFIED, name, **settings), published(t), atol=1e-6)
+    # A shift moves the law along: P(shifted time <= shifted t) = P(time <= t).
+    shifted = 3 * t / (1 + 2 * t)
+    np.testing.assert_allclose(times.cdf(shifted, RECTIFIED, name, shift=3.0, **settings), published(t), atol=1e-6)
+    inside = times.cdf([0.0, 0.19, 0.2, 0.6, 0.61, 1.0], RECTIFIED, "uniform", t_min=0.2, t_max=0.6)
+    np.testing.assert_allclose(inside, [0, 0, 0, 1, 1, 1], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_default_settings(name):
     assert_follows(times.draw(KEY, 4000, RECTIFIED, name), DEFAULTS[name])
