@@ -125,7 +125,7 @@ def loss_and_grad(module, mesh, params, x, t, label):
 
 @pytest.mark.parametrize(
     ("variant", "sizes"),
-    [("adaln_zero", s) for s in [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 1, 2), (1, 2, 4)]]
+    [("adaln_zero", s) for s in [(2, 2, 2), (1, 4, 2), (1, 2, 4)]]
     + [("modern", (2, 2, 2)), ("modern", (1, 2, 4)), ("in_context", (2, 2, 2)), ("cross_attention", (2, 2, 2))]
     + [("ring", (2, 1, 2, 2)), ("ring", (1, 1, 1, 8)), ("gathered", (1, 2, 1, 4)), ("cross_attention", (2, 2, 1, 2))],
 )

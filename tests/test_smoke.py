@@ -119,6 +119,8 @@ def latents(shell):
 def test_imagenet(shell, latents, name):
     shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke:{latents}", f"--workdir={name}")
     check_workdir(shell.home / name, drawn=False)  # latents alone are no picture
+    if name != "imagenet_dit_xl2":
+        return
     said = shell("experiments.train", f"--config={ROOT}/configs/{name}.py:{latents}", "--config.mesh.fsdp=1", "--workdir=other", code=2)
     assert "examples of shape (8, 8, 4), but data.expect_shape = " in said and not (shell.home / "other").exists()
 
