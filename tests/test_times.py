@@ -76,6 +76,15 @@ def test_cdf_is_the_published_one_where_it_rises_and_flat_elsewhere(name):
     np.testing.assert_allclose(inside, [0, 0, 0, 1, 1, 1], atol=1e-6)
 
 
+def test_levels_of_noise_stay_where_they_are_within_bounds():
+    """EDM's law is one of noise levels: bounds cut it off, while the others are squeezed between them."""
+    t = np.array([0.35, 0.5, 0.7, 0.85])
+    bounded = times.cdf(t, RECTIFIED, "edm_lognormal", t_min=0.3, t_max=0.9)
+    np.testing.assert_allclose(bounded, DEFAULTS["edm_lognormal"](t), atol=1e-6)
+    squeezed = times.cdf(t, RECTIFIED, "logit_normal", t_min=0.3, t_max=0.9)
+    np.testing.assert_allclose(squeezed, DEFAULTS["logit_normal"]((t - 0.3) / 0.6), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_default_settings(name):
     assert_follows(times.draw(KEY, 4000, RECTIFIED, name), DEFAULTS[name])
