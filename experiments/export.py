@@ -4,7 +4,6 @@ Writes the averaged weights as an orbax checkpoint and as safetensors, with the 
 autoencoder the per-channel statistics of its latents over the training data are measured and stored with it.
 """
 
-
 from absl import flags
 
 from experiments import shell

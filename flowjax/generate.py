@@ -4,7 +4,6 @@ All randomness of sample i is a function of (seed, i): a set of samples does not
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flowjax import samplers, times

@@ -304,3 +304,11 @@ def test_grids_start_where_the_prediction_can():
 def test_bad_settings_are_refused_by_name(call, words):
     with pytest.raises((ConfigError, TypeError), match=words):
         call()
+
+
+@pytest.mark.parametrize("path", ["rectified", "edm", "vp_linear", "ve"])
+def test_grids_over_noise_levels_start_and_end_where_the_path_does(path):
+    path = PATHS[path]()
+    low, high = times.interval(path)
+    grid = np.asarray(times.grid(4, path, "karras"), np.float64)
+    assert grid[0] == pytest.approx(high, rel=1e-6) and grid[-1] == pytest.approx(low, abs=1e-9) and (np.diff(grid) < 0).all()

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 
 from flowjax.models import attention, sharding
-from flowjax.train import hlo
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import settings
 from tools import plan

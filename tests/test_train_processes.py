@@ -124,6 +124,17 @@ def test_two_processes_equal_one_bit_for_bit_and_set_a_damaged_checkpoint_aside(
     assert "at step 2 of 4" in finished[0][1] and rows(two) == want
 
 
+def goes_on(run, flags, step, signum, after):
+    """Two processes resume a run at `step`, and leave it in order when process 0 is signalled `after` steps more."""
+    with reaped(*job(run, *flags)) as children:
+        wait_for(step + after, run, *children)
+        children[0].send_signal(signum)
+        finished = finish(*children, timeout=60)
+    assert [code for code, _ in finished] == [0, 0] and f"resumed {run} at step {step} of 100000" in finished[0][1], finished
+    steps = [r["step"] for r in rows(run)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
+
+
 def test_sigterm_to_one_process_saves_a_common_step(tmp_path):
     run, flags = tmp_path / "run", [*ENDLESS, "--config.checkpoint.every=0"]
     with reaped(*job(run, *flags)) as children:
@@ -135,14 +146,7 @@ def test_sigterm_to_one_process_saves_a_common_step(tmp_path):
     (step,) = (int(p.name) for p in (run / "checkpoints").iterdir())
     assert step >= 3 and [r["step"] for r in rows(run)] == list(range(1, step + 1))
     assert stored(run, step)["data"] == {"next_index": step}
-    # The same command goes on; this time process 0 is asked, by Ctrl-C.
-    with reaped(*job(run, *flags)) as children:
-        wait_for(step + 1, run, *children)
-        children[0].send_signal(signal.SIGINT)
-        finished = finish(*children, timeout=60)
-    assert [code for code, _ in finished] == [0, 0] and f"resumed {run} at step {step} of 100000" in finished[0][1], finished
-    steps = [r["step"] for r in rows(run)]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
+    goes_on(run, flags, step, signal.SIGINT, after=1)  # this time process 0 is asked, by Ctrl-C
 
 
 @pytest.mark.parametrize("victim", [2, 0])
@@ -165,13 +169,7 @@ def test_a_killed_process_ends_the_job_which_resumes(victim, tmp_path):
             assert code == -signal.SIGABRT and "another task died" in out, out
     last = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     assert last in (10, 20)  # that of step 20 may have been cut short
-    with reaped(*job(run, *flags)) as children:
-        wait_for(last + 2, run, *children)
-        children[0].send_signal(signal.SIGTERM)
-        finished = finish(*children, timeout=60)
-    assert [code for code, _ in finished] == [0, 0] and f"resumed {run} at step {last} of 100000" in finished[0][1], finished
-    steps = [r["step"] for r in rows(run)]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > last
+    goes_on(run, flags, last, signal.SIGTERM, after=2)
 
 
 ROLLOUT = """

@@ -13,8 +13,6 @@ from flowjax.train import runtime
 SCALES = (1.0, 1.25, 1.5, 2.0, 4.0, 8.0)
 LENGTHS = (10, 30, 100, 300)
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "dpmpp_2m": 2}
-
-
 VARIANTS = {
     "velocity, uniform t": {},
     "eps, uniform t": {"prediction": "eps"},
@@ -47,10 +45,10 @@ def training(seeds):
     return common.table("training", head, rows)
 
 
-def guidance(teachers, young):
+def guidance(teachers, beginners):
     """FD and agreement over the guidance scale: of the finished teachers and of the same networks after 500 steps."""
     results = {}
-    for name, workdirs in (("2,000 steps", teachers), ("500 steps", young)):
+    for name, workdirs in (("2,000 steps", teachers), ("500 steps", beginners)):
         for w in SCALES:
             results[name, w] = [common.measure(d, seed=s, guidance=None if w == 1 else w) for s, d in enumerate(workdirs)]
     rows = [

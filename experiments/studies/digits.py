@@ -9,16 +9,12 @@ from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
 
-# Averages of several lengths cost little beside the network, and one run answers the question of their length.
-AVERAGES = {"ema": {"name": "warmup", "decay": 0.999}} | {
-    f"ema_{h}": {"name": "warmup", "decay": round(0.5 ** (1 / h), 6)} for h in (10, 50, 150, 400)
-}
 UNGUIDED, GUIDED = {"guidance": None}, {"guidance": 2.0}
 
 
 def teacher(seed: int):
     """A finished run of configs/digits.py."""
-    return common.train(f"digits/{seed}", common.config("digits", seed=seed, ema=AVERAGES))
+    return common.train(f"digits/{seed}", common.config("digits", seed=seed))
 
 
 def main():

@@ -146,8 +146,8 @@ class DiT(nn.Module):
       dropout: on the output of each branch, when train.
       time_scale, frequency_shift: of the timestep embedding; (1000, 0) is DiT, (1, 0) SiT, (1000, 1) diffusers' DiT.
       dtype: "float32" or "bfloat16", of matrix products and the residual stream.
-      remat: what the backward pass keeps, see `flowjax.models.remat`.   scan: stack the layers (parameters "blocks" with a leading axis)
-        or not ("block_0", ...).   attention: see `flowjax.models.attention`.
+      remat: what the backward pass keeps, see `flowjax.models.remat`.   attention: see `flowjax.models.attention`.
+      scan: stack the layers (parameters "blocks" with a leading axis) or not ("block_0", ...).
     """
 
     depth: int

@@ -200,11 +200,10 @@ def flops(text: str) -> int:
 
 def _operands(op, shapes):
     """Shapes of the two operands, which stand before the names or at the instructions of those names."""
-    inside = op.rest[: op.rest.index(")")] if "{" not in op.rest.split(")")[0] else re.split(r"\), ", op.rest)[0]
-    written = _ARRAY.findall(inside)
+    written = _ARRAY.findall(op.rest.split("), ")[0])
     if len(written) == 2:
         return [f"{k}[{d}]" for k, d in written]
-    return [shapes[op.computation, name] for name in re.findall(r"%([\w.\-]+)", inside)[:2]]
+    return [shapes[op.computation, name] for name in _names(op.rest)[:2]]
 
 
 def _convolution(op, lhs, rhs) -> int:
@@ -225,9 +224,5 @@ def _convolution(op, lhs, rhs) -> int:
             count += sum(0 <= p <= last and p % inner == 0 for p in positions)
         pairs *= count
     # The kernel's input features are those of one group already.
-    return pairs * out[result.index("b")] * out[result.index("f")] * rhs[right.index("i")] // _groups(op.rest, "batch_group_count")
-
-
-def _groups(rest: str, key: str) -> int:
-    found = re.search(rf"{key}=(\d+)", rest)
-    return int(found[1]) if found else 1
+    groups = re.search(r"batch_group_count=(\d+)", op.rest)
+    return pairs * out[result.index("b")] * out[result.index("f")] * rhs[right.index("i")] // (int(groups[1]) if groups else 1)

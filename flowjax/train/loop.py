@@ -15,7 +15,7 @@ import numpy as np
 from flowjax import generate
 from flowjax.config import ConfigError
 from flowjax.models import flops
-from flowjax.train import card, checkpoint, files, generator, goodput, log, optim, pictures, posthoc, settings
+from flowjax.train import card, checkpoint, files, goodput, log, optim, pictures, posthoc, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run

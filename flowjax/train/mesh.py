@@ -9,7 +9,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flowjax.config import ConfigError
-from flowjax.models import sharding
 
 AXES = ("data", "fsdp", "tensor", "context")
 
