@@ -9,6 +9,7 @@ from flowjax.config import ConfigError, check, lookup, split
 from flowjax.models.classifier import Classifier
 from flowjax.models.dit import DiT
 from flowjax.models.mlp import MLP
+from flowjax.models.text import TextTransformer
 from flowjax.models.unet import UNet
 from flowjax.models.vae import AutoencoderKL
 from flowjax.paths import Path, expand
@@ -19,6 +20,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "classifier": Classifier,
     "dit": DiT,
     "mlp": MLP,
+    "text": TextTransformer,
     "unet": UNet,
 }
 

@@ -1,0 +1,137 @@
+"""The pre-norm transformer that encoders of text and images share (ViT, DINOv2, CLIP, our own text encoder).
+
+    x <- x + s1 Attention(LayerNorm(x));   x <- x + s2 MLP(LayerNorm(x))         (s1, s2 = 1 without layerscale)
+
+Layers are stacked on a leading "layers" axis and scanned.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+
+from flowjax.config import ConfigError, lookup
+from flowjax.models import layers as L
+from flowjax.models.attention import attention
+from flowjax.models.remat import REMAT
+from flowjax.models.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's weights of OpenAI were trained with it
+}
+MLPS = (*ACTIVATIONS, "swiglu")
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x (B, N, D) over itself; mask, boolean, broadcastable to (B, heads, N, N)."""
+
+    heads: int
+    implementation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        def project(name):
+            y = L.Linear(x.shape[-1], ("embed", "heads"), dtype=self.dtype, name=name)(x)
+            return constrain(rearrange(y, "b n (h d) -> b n h d", h=self.heads), "batch", "seq", "act_heads", None)
+
+        y = attention(project("q"), project("k"), project("v"), mask, self.implementation)
+        y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
+        return constrain(L.Linear(x.shape[-1], ("heads", "embed"), dtype=self.dtype, name="out")(y), "batch", "seq", "act")
+
+
+class MLP(nn.Module):
+    """Linear to `hidden`, activation, Linear back, for x (B, N, D)."""
+
+    hidden: int
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = constrain(L.Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x), "batch", "seq", "act_mlp")
+        y = L.Linear(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
+        return constrain(y, "batch", "seq", "act")
+
+
+class Scale(nn.Module):
+    """x times a learned vector that starts at `init` (LayerScale, 2103.17239)."""
+
+    init: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.init), ("norm",))
+        return x * self.param("scale", init, x.shape[-1:], jnp.float32)
+
+
+class Block(nn.Module):
+    """One layer. The carry is (x, x one layer earlier), both (B, N, D) in the compute dtype."""
+
+    heads: int
+    hidden: int
+    mlp: str
+    eps: float
+    layerscale: float
+    implementation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, carry, mask):
+        x = before = checkpoint_name(carry[0], "block")
+
+        def branch(x, name, layer, *inputs):
+            h = layer(L.LayerNorm(self.eps, True, self.dtype, name=f"{name}_norm")(x), *inputs)
+            if self.layerscale:
+                h = Scale(self.layerscale, name=f"{name}_scale")(h)
+            return constrain((x + h).astype(self.dtype), "batch", "seq", "act")
+
+        mlp = L.SwiGLU(self.hidden, self.dtype, name="mlp") if self.mlp == "swiglu" else MLP(self.hidden, self.mlp, self.dtype, name="mlp")
+        x = branch(x, "attn", Attention(self.heads, self.implementation, self.dtype, name="attn"), mask)
+        return (branch(x, "mlp", mlp), before), None
+
+
+def transformer(
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    depth: int,
+    heads: int,
+    hidden: int,
+    mlp: str = "gelu",
+    eps: float = 1e-5,
+    layerscale: float = 0.0,
+    dtype: str = "float32",
+    remat: str = "none",
+    attention: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """(last, last but one) hidden state of `depth` blocks over x (B, N, D), without the norm that follows them.
+
+    Called in the compact method of a network, whose parameter "blocks" then holds the layers. layerscale is the start of the
+    learned scale of each branch, 0 for none.
+    """
+    lookup(dict.fromkeys(MLPS), mlp, "model.mlp")
+    lookup(REMAT, remat, "model.remat")
+    if x.shape[-1] % heads:
+        raise ConfigError(f"model.heads = {heads} does not divide model.width = {x.shape[-1]}")
+    block = Block if remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[remat])
+    stacked = nn.scan(
+        block,
+        length=depth,
+        in_axes=nn.broadcast,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(heads, hidden, mlp, eps, layerscale, attention, dtype, name="blocks")
+    x = constrain(x.astype(dtype), "batch", "seq", "act")
+    return stacked((x, x), mask)[0]
+
+
+def causal(length: int) -> jax.Array:
+    """Mask (1, 1, length, length): a token sees itself and those before it."""
+    return jnp.tril(jnp.ones((1, 1, length, length), bool))
