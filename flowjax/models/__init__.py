@@ -1,5 +1,6 @@
 """The networks, by name. A config's model section is {"name": ..., fields} or {"name": ..., "preset": ..., other fields}."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,8 +8,10 @@ import flax.linen as nn
 
 from flowjax.config import ConfigError, check, lookup, split
 from flowjax.models.classifier import Classifier
+from flowjax.models.discriminator import PatchGAN
 from flowjax.models.dit import DiT
 from flowjax.models.mlp import MLP
+from flowjax.models.perceptual import LPIPS
 from flowjax.models.text import TextTransformer
 from flowjax.models.unet import UNet
 from flowjax.models.vae import AutoencoderKL
@@ -19,7 +22,9 @@ MODELS: dict[str, type[nn.Module]] = {
     "autoencoder_kl": AutoencoderKL,
     "classifier": Classifier,
     "dit": DiT,
+    "lpips": LPIPS,
     "mlp": MLP,
+    "patch_gan": PatchGAN,
     "text": TextTransformer,
     "unet": UNet,
 }
@@ -47,12 +52,13 @@ def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Ca
     scaling: what stands between x_t, t and the network's input, with its settings bound (predictions.INPUT_SCALINGS).
     """
 
-    def apply(x_t, t, cond, key):
+    def apply(x_t, t, cond, key, **options):
         if scaling is not None:
             factor, t = scaling(path, t)
             x_t = expand(factor, x_t) * x_t
         rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, x_t, t, cond or {}, train=key is not None, rngs=rngs)
+        return module.apply({"params": params}, x_t, t, cond or {}, train=key is not None, rngs=rngs, **options)
 
+    project = functools.partial(apply, project=True) if getattr(module, "projector", None) else None
     # Without classes there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
-    return Model(apply, path, prediction, module.null if getattr(module, "num_classes", 1) else None)
+    return Model(apply, path, prediction, module.null if getattr(module, "num_classes", 1) else None, project=project)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from flowjax.config import ConfigError
 from flowjax.models import layers as L
+from flowjax.models.perceptual import unit
 from flowjax.models.sharding import constrain
 
 
@@ -29,8 +30,9 @@ class Classifier(nn.Module):
     kind = "classifier"
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False, t: jax.Array | None = None, features: bool = False) -> jax.Array:
-        """Logits (B, num_classes) float32 of x (B, H, W, C), or with `features` the penultimate layer (B, features).
+    def __call__(self, x: jax.Array, train: bool = False, t: jax.Array | None = None, features: bool = False, maps: bool = False):
+        """Logits (B, num_classes) float32 of x (B, H, W, C); with `features` the penultimate layer (B, features), with `maps` the
+        output of every stage (B, H / 2^i, W / 2^i, width 2^i).
 
         t (B,) in [0, 1] is required when the field `time` is set and refused when it is not.
         """
@@ -47,7 +49,7 @@ class Classifier(nn.Module):
         def fixed(h):
             return constrain(h, "batch", None, None, "act")
 
-        h = fixed(conv(self.width, "stem")(x))
+        h, outputs = fixed(conv(self.width, "stem")(x)), []
         for i in range(self.stages):
             channels = self.width * 2**i
             if i:
@@ -57,6 +59,9 @@ class Classifier(nn.Module):
                 shift = L.Linear(channels, ("embed", "conv_out"), dtype=self.dtype, name=f"time_{i}")(c)
                 y = y + constrain(shift, "batch", "act")[:, None, None]
             h = fixed(h + fixed(conv(channels, f"conv2_{i}")(normalised(y, f"norm2_{i}"))))
+            outputs.append(h)
+        if maps:
+            return tuple(outputs)
 
         h = jnp.mean(normalised(h, "norm").astype(jnp.float32), axis=(1, 2))
         h = constrain(nn.silu(L.Linear(self.features, ("embed", "mlp"), L.lecun, name="hidden")(h)), "batch", "act")
@@ -64,3 +69,7 @@ class Classifier(nn.Module):
             return h
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         return L.Linear(self.num_classes, ("embed", "small"), L.zeros, name="logits")(h)
+
+    def feature_maps(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """The maps of `perceptual.distance`: unit vectors at every position of every stage."""
+        return tuple(constrain(unit(h), "batch", None, None, "act") for h in self(x, maps=True))

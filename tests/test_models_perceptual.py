@@ -1,0 +1,144 @@
+"""Perceptual distances: LPIPS against torch, layer by layer written from the paper; what holds of every such distance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nets import close, count, golden, random_arrays, randomise, shapes
+
+from flowjax.config import ConfigError
+from flowjax.interop import lpips as interop
+from flowjax.models.classifier import Classifier
+from flowjax.models.perceptual import LPIPS, distance, unit
+from flowjax.train.roles import Bound
+
+SMALL = LPIPS(widths=((4, 6), (5,), (7, 3)))
+
+
+def image(seed=0, batch=3, height=20, width=12):
+    return jnp.asarray(np.random.RandomState(seed).uniform(-1, 1, (batch, height, width, 3)), jnp.float32)
+
+
+def case():
+    """(state dict, random parameters) of SMALL."""
+    like = shapes(SMALL, image())
+    abstract = interop.to_torch(SMALL, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), like))
+    state = {k: np.abs(v) if k.startswith("lin") else v for k, v in random_arrays({k: v.shape for k, v in abstract.items()}, 3).items()}
+    vgg, weights = ({k: v for k, v in state.items() if k.startswith("lin") == lin} for lin in (False, True))
+    return state, interop.from_torch(SMALL, {**vgg, "classifier.0.weight": np.zeros((2, 2))}, weights, like)
+
+
+def ours(params, x, y):
+    return jax.jit(lambda p, x, y: distance(Bound(SMALL, p), x, y))(params, x, y)
+
+
+def test_parameter_count():
+    """VGG16's convolutions (torchvision: 14,714,688) and 64 + 128 + 256 + 512 + 512 channel weights."""
+    assert count(LPIPS(), jnp.zeros((1, 32, 32, 3))) == 14_714_688 + 1472
+
+
+def test_names_are_those_of_the_published_files():
+    names = set(interop.to_torch(LPIPS(), jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes(LPIPS(), jnp.zeros((1, 32, 32, 3))))))
+    convolutions = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    wanted = {f"features.{i}.{leaf}" for i in convolutions for leaf in ("weight", "bias")} | {f"lin{i}.model.1.weight" for i in range(5)}
+    assert names == wanted
+
+
+def test_distance_equals_the_stored_distance_of_torch():
+    _, params = case()
+    stored = golden("lpips")
+    close(ours(params, image(1), image(2)), stored["distance"], 1e-5)
+
+
+@pytest.mark.oracle
+def test_distance_and_gradient_equal_torch():
+    """torch.nn's own convolutions, pooling and normalisation, put together as 1801.03924 (equation 1) says."""
+    torch = pytest.importorskip("torch")
+    state, params = case()
+    state = {k: torch.tensor(v) for k, v in state.items()}
+    blocks = [[0, 2], [5], [8, 10]]
+
+    def maps(x):
+        h = (x.permute(0, 3, 1, 2) - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+        for i, block in enumerate(blocks):
+            if i:
+                h = torch.nn.functional.max_pool2d(h, 2)
+            for j in block:
+                h = torch.relu(torch.nn.functional.conv2d(h, state[f"features.{j}.weight"], state[f"features.{j}.bias"], padding=1))
+            yield torch.nn.functional.normalize(h, dim=1)
+
+    def theirs(x, y):
+        pairs = enumerate(zip(maps(x), maps(y)))
+        return sum(torch.nn.functional.conv2d((a - b) ** 2, state[f"lin{i}.model.1.weight"]).mean((1, 2, 3)) for i, (a, b) in pairs)
+
+    x, y = (torch.tensor(np.asarray(image(i)), requires_grad=True) for i in (1, 2))
+    value = theirs(x, y)
+    value.sum().backward()
+    golden("lpips", distance=value.detach().numpy())
+    close(ours(params, image(1), image(2)), value.detach(), 1e-5)
+    close(jax.jit(jax.grad(lambda x: jnp.sum(ours(params, x, image(2)))))(image(1)), x.grad, 1e-4)
+
+
+def classifier():
+    net = Classifier(num_classes=3, width=8, stages=3, groups=4)
+    return Bound(net, randomise(shapes(net, image())))
+
+
+@pytest.mark.parametrize("net", [lambda: Bound(SMALL, case()[1]), classifier], ids=["lpips", "classifier"])
+def test_a_distance_is_one(net):
+    """Nought between equal images, symmetric, of each pair of images alone, and no larger than two unit vectors allow."""
+    net = net()
+    x, y = image(1), image(2)
+    d = jax.jit(lambda x, y: distance(net, x, y))
+    np.testing.assert_array_equal(d(x, x), 0.0)
+    close(d(x, y), d(y, x), 1e-6)
+    close(d(x, y)[::-1], d(x[::-1], y[::-1]), 1e-5)
+    assert d(x, y).shape == (3,) and float(d(x, y).min()) > 1e-3
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(d(x, y))))(x)
+    assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+def test_classifier_gives_one_map_of_unit_vectors_per_stage():
+    maps = classifier().feature_maps(image())
+    assert [m.shape for m in maps] == [(3, 20, 12, 8), (3, 10, 6, 16), (3, 5, 3, 32)]
+    for m in maps:
+        np.testing.assert_allclose(jnp.sum(m**2, -1), 1.0, rtol=1e-4)
+
+
+def test_a_classifier_of_noisy_images_has_no_feature_maps():
+    net = Classifier(num_classes=3, width=8, groups=4, time=True)
+    with pytest.raises(ConfigError, match="time = True was called without t"):
+        jax.eval_shape(lambda k: net.init(k, image(), method="feature_maps"), jax.random.key(0))
+
+
+def test_opposite_and_orthogonal_features():
+    """|a - b|^2 of unit vectors: 4 and 2, at every position; the mean over positions and the sum over maps leave them."""
+
+    class Fixed:
+        def feature_maps(self, x):
+            other = jnp.stack([jnp.zeros_like(x[..., 0]), jnp.ones_like(x[..., 0])], -1)
+            return unit(5 * jnp.concatenate([x, jnp.zeros_like(x)], -1)), unit(jnp.where(x > 0, 3 * other, other[..., ::-1]))
+
+    x = jnp.ones((1, 4, 6, 1))
+    np.testing.assert_allclose(distance(Fixed(), x, -x), 4 + 2, rtol=1e-5)
+
+
+def test_nothing_is_nought_with_a_finite_derivative():
+    np.testing.assert_array_equal(unit(jnp.zeros((1, 1, 1, 4))), 0.0)
+    assert np.isfinite(jax.grad(lambda h: jnp.sum(unit(h)[..., 0]))(jnp.zeros((1, 1, 1, 4)))).all()
+
+
+def test_damaged_weights_are_refused():
+    state, _ = case()
+    vgg, weights = ({k: v for k, v in state.items() if k.startswith("lin") == lin} for lin in (False, True))
+    like = shapes(SMALL, image())
+    with pytest.raises(ValueError, match="lin1.model.1.weight"):
+        interop.from_torch(SMALL, vgg, {**weights, "lin1.model.1.weight": -weights["lin1.model.1.weight"]}, like)
+    with pytest.raises(ValueError, match="missing .*features.5.bias"):
+        interop.from_torch(SMALL, {k: v for k, v in vgg.items() if k != "features.5.bias"}, weights, like)
+
+
+@pytest.mark.parametrize("x", [jnp.zeros((1, 16, 16, 1)), jnp.zeros((1, 3, 16, 3))])
+def test_images_that_do_not_fit_are_refused(x):
+    with pytest.raises(ConfigError, match="RGB images of at least 4 x 4"):
+        jax.eval_shape(lambda k: SMALL.init(k, x), jax.random.key(0))
