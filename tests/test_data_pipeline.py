@@ -466,9 +466,9 @@ def test_expectations_of_the_data(tmp_path):
     batch = next(pipeline(section, 8, 0, shuffle=False))
     assert batch["x"].dtype == np.float32 and batch["x"].shape == (8, 4, 4, 2)
     np.testing.assert_array_equal(batch["x"][:, 0, 0, 0], np.arange(8))
-    with pytest.raises(records.DataError, match=r"examples of shape \(4, 4, 2\), but data.expect_shape = \(4, 4, 4\)"):
+    with pytest.raises(records.DataError, match=r"shape of the examples: \(4, 4, 2\), but data.expect_shape = \(4, 4, 4\)"):
         pipeline({**section, "expect_shape": (4, 4, 4)}, 8, 0)
-    with pytest.raises(records.DataError, match="has 3 classes, but data.expect_classes = 4"):
+    with pytest.raises(records.DataError, match="classes of the examples: 3, but data.expect_classes = 4"):
         pipeline({**section, "expect_classes": 4}, 8, 0)
     promise = module.declared({**section, "path": "nowhere"})
     assert promise.shape == (4, 4, 2) and promise.num_classes == 3 and promise.manifest["declared"]

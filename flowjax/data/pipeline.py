@@ -3,6 +3,9 @@
     {"x": float32 (b, H, W, C) in [-1, 1], or points as they are; "cond": {"label": int32 (b,)}, or {} when unlabelled}
     {"win": ..., "lose": ..., "cond": ...}                                                       for preference pairs
 
+With a tokenizer (`text`, see flowjax.data.text) "cond" holds "tokens" too, of one of the image's captions; embeddings that are
+stored with the examples ("text", "pooled") come along by themselves.
+
 Batch number k is a function of (section, seed, k) alone: rows kB .. (k+1)B - 1 of one global stream, of which each process
 reads its own block, so that the blocks in process order are exactly the batch of a single process. The order of rows is
 computed for whole batches at once (flowjax.data.counter), a few microseconds where grain's MapDataset.shuffle takes 27 per
@@ -13,12 +16,13 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowjax import conditions
 from flowjax.config import ConfigError, arguments, check, lookup, split as split_section
-from flowjax.data import counter, images
+from flowjax.data import counter, images, text as text_lib
 from flowjax.data.records import DataError
 from flowjax.data.sources import SOURCES
 
@@ -27,16 +31,37 @@ ARRAY_BYTES = 2**32  # what `arrays` may make
 PREFETCH_BYTES = 2**28
 THREADS = 4
 
-_ORDER, _FLIP = 0, 1  # purposes of random numbers
+_ORDER, _FLIP, _CAPTION = 0, 1, 2  # purposes of random numbers
 _PIXELS = {"image": "x", "x": "x", "win": "win", "lose": "lose"}  # column of a source -> entry of a batch
 
 
-def _common(pad: int = 0, resize: int = 0, flip: bool = False, expect_shape: tuple = (), expect_classes: int = -1):
-    """Settings of every section: resize (shorter side, centre crop), then pad with black to a size; random flips.
+class _Common(NamedTuple):
+    """Settings of every section.
 
-    expect_shape and expect_classes say what the finished examples must be; with them a run can be planned without the data.
+    resize: shorter side, centre crop; pad: then a black border up to this size; flip: left and right, by chance.
+    text: the tokenizer of the captions, "" for none. An image may have several captions: one is chosen at "random" each time it
+    is shown, or always the "first"; with curriculum = n the choice begins with the shortest and widens to all of them over the
+    first n examples of the stream.
+    expect_shape, expect_classes and expect_cond ({name: shape}, labels apart) say what the finished examples must be; with
+    them a run can be planned without the data.
     """
-    return pad, resize, flip, tuple(expect_shape), expect_classes
+
+    pad: int = 0
+    resize: int = 0
+    flip: bool = False
+    text: Any = ""
+    captions: str = "random"
+    curriculum: int = 0
+    expect_shape: tuple = ()
+    expect_classes: int = -1
+    expect_cond: Any = ()
+
+
+def _shapes(cond) -> dict[str, tuple[int, ...]]:
+    """expect_cond with its names checked."""
+    for name in (cond := dict(cond)):
+        lookup(dict.fromkeys(conditions.DTYPES.keys() - {"label"}), name, "data.expect_cond")
+    return {k: tuple(v) for k, v in cond.items()}
 
 
 class _Part:
@@ -45,43 +70,67 @@ class _Part:
     def __init__(self, section: Mapping[str, Any] | str, split: str):
         name, settings = split_section(section, "data")
         source = lookup(SOURCES, name, "data.name")
-        common, own = arguments(_common), arguments(source, ("split",))
+        common, own = arguments(_Common), arguments(source, ("split",))
         if unknown := [k for k in settings if k not in common and k not in own]:
             raise ConfigError(f"data.{unknown[0]} is unknown for {name}; valid: {', '.join([*own, *common])}")
-        chosen = check(_common, {k: v for k, v in settings.items() if k in common}, "data")
-        self.pad, self.resize, self.flip, shape, classes = _common(**chosen)
+        chosen = check(_Common, {k: v for k, v in settings.items() if k in common}, "data")
+        common = self.common = _Common(**chosen)
         self.source = source(split, **check(source, {k: v for k, v in settings.items() if k in own}, "data", ("split",)))
         self.manifest = dict(self.source.manifest) | {"transforms": chosen}
         if not _PIXELS.keys() & set(self.manifest["columns"]):
             found = ", ".join(self.manifest["columns"])
             raise ConfigError(f"{self.manifest['name']} has only {found}; one of these is needed: {', '.join(_PIXELS)}")
         self.num_classes = self.manifest["num_classes"]
+        self.tokenizer = self._tokenizer()
         self.shape = self._final_shape()
-        if shape and self.shape != shape:
-            raise DataError(f"{self.manifest['name']} has examples of shape {self.shape}, but data.expect_shape = {shape}")
-        if classes >= 0 and self.num_classes != classes:
-            raise DataError(f"{self.manifest['name']} has {self.num_classes} classes, but data.expect_classes = {classes}")
+        self.conditions = {"label": ()} if self.num_classes else {}
+        self.conditions |= {"tokens": (self.tokenizer.length,)} if self.tokenizer else {}
+        self.conditions |= {k: tuple(shape) for k, shape in self.manifest.get("embeddings", {}).items()}
+        for what, have, wanted in (
+            ("shape", self.shape, tuple(common.expect_shape)),
+            ("classes", self.num_classes, common.expect_classes if common.expect_classes >= 0 else None),
+            ("cond", {k: v for k, v in self.conditions.items() if k != "label"}, _shapes(common.expect_cond)),
+        ):
+            if wanted not in ((), None, {}) and have != wanted:
+                raise DataError(f"{self.manifest['name']}: {what} of the examples: {have}, but data.expect_{what} = {wanted}")
         self._cache = None
         count = self.manifest["count"]
         if count is not None and count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize <= CACHE_BYTES:
             self._cache = self._load(np.arange(count))
 
+    def _tokenizer(self):
+        common = self.common
+        if common.captions not in ("random", "first"):
+            raise ConfigError(f"data.captions = {common.captions!r} is unknown; valid: random, first")
+        if common.curriculum < 0 or (common.curriculum and common.captions == "first"):
+            raise ConfigError(f"data.curriculum = {common.curriculum} is a number of examples, and for data.captions = 'random'")
+        if not common.text:
+            if common.curriculum or common.captions == "first":
+                raise ConfigError("data.captions and data.curriculum choose among captions, which data.text turns into tokens")
+            return None
+        if "caption" not in self.manifest["columns"]:
+            raise ConfigError(f"data.text is set, but {self.manifest['name']} has no captions")
+        tokenizer = text_lib.build(common.text)
+        self.manifest["tokenizer"] = {"vocab": tokenizer.vocab, "sha256": tokenizer.digest}
+        return tokenizer
+
     def _final_shape(self) -> tuple[int, ...]:
         name, shape, dtype = (self.manifest[k] for k in ("name", "shape", "dtype"))
-        if self.pad < 0 or self.resize < 0:
-            raise ConfigError(f"data.pad = {self.pad} and data.resize = {self.resize} must be sizes in pixels, or 0")
-        if (self.pad or self.resize or self.flip) and len(shape) != 3:
+        pad, resize, flip = self.common.pad, self.common.resize, self.common.flip
+        if pad < 0 or resize < 0:
+            raise ConfigError(f"data.pad = {pad} and data.resize = {resize} must be sizes in pixels, or 0")
+        if (pad or resize or flip) and len(shape) != 3:
             raise ConfigError(f"data.pad, resize and flip are for images; {name} has shape {tuple(shape)}")
-        if self.resize:
+        if resize:
             if dtype != "uint8":
                 raise ConfigError(f"data.resize is for uint8 images; {name} holds {dtype}")
-            shape = (self.resize, self.resize, shape[2])
+            shape = (resize, resize, shape[2])
         if None in shape:
             raise ConfigError(f"data.resize is missing: the images of {name} differ in size")
-        if self.pad:
-            if self.pad < max(shape[:2]):
-                raise ConfigError(f"data.pad = {self.pad} is smaller than the images ({shape[0]} x {shape[1]})")
-            shape = (self.pad, self.pad, shape[2])
+        if pad:
+            if pad < max(shape[:2]):
+                raise ConfigError(f"data.pad = {pad} is smaller than the images ({shape[0]} x {shape[1]})")
+            shape = (pad, pad, shape[2])
         return tuple(shape)
 
     def _load(self, indices) -> dict[str, np.ndarray]:
@@ -89,10 +138,10 @@ class _Part:
         out = {}
         for key in columns.keys() & _PIXELS.keys():
             values = columns[key]
-            if self.resize:
-                values = [images.resize(v, self.resize) for v in values]
+            if self.common.resize:
+                values = [images.resize(v, self.common.resize) for v in values]
             values = np.asarray(values)
-            out[key] = images.pad(values, self.pad) if self.pad else values
+            out[key] = images.pad(values, self.common.pad) if self.common.pad else values
         if "label" in columns:
             label = out["label"] = columns["label"]
             if bad := np.flatnonzero((label < 0) | (label >= self.num_classes)).tolist():
@@ -100,6 +149,10 @@ class _Part:
                     f"{self.manifest['name']} ({self.manifest['split']} row {indices[bad[0]]}): label {label[bad[0]]} is outside "
                     f"0..{self.num_classes - 1}"
                 )
+        for key in self.manifest.get("embeddings", {}):
+            out[key] = columns[key]
+        if self.tokenizer:
+            out["caption"] = np.array(columns["caption"], object)
         return out
 
     def rows(self, indices) -> dict[str, np.ndarray]:
@@ -116,12 +169,31 @@ class _Part:
             for epoch in np.unique(epochs) if shuffle else ():
                 key = counter.make_key(seed, _ORDER, int(epoch))
                 indices[epochs == epoch] = counter.permute(key, indices[epochs == epoch], len(self.source))
-        out = self.rows(indices)
-        if self.flip:
+        out = dict(self.rows(indices))
+        if self.tokenizer:
+            out["tokens"] = self._tokens(out.pop("caption"), indices, positions, seed)
+        if self.common.flip:
             flipped = counter.uniform(counter.make_key(seed, _FLIP), positions) < 0.5
             for key in out.keys() & _PIXELS.keys():
                 out[key] = np.where(flipped[:, None, None, None], out[key][:, :, ::-1], out[key])
         return out
+
+
+    def _tokens(self, captions, rows, positions, seed: int) -> np.ndarray:
+        """Token ids of one caption of each row; several are separated by new lines."""
+        chance = counter.uniform(counter.make_key(seed, _CAPTION), positions)
+        widening = np.minimum(1.0, (positions + 1) / self.common.curriculum) if self.common.curriculum else np.ones(len(positions))
+
+        def choose(text, u, share):
+            several = text.split("\n")
+            if self.common.captions == "first" or len(several) == 1:
+                return several[0]
+            if share < 1:
+                several = sorted(several, key=len)[: math.ceil(share * len(several))]
+            return several[int(u * len(several))]
+
+        chosen = [choose(*each) for each in zip(captions, chance, widening, strict=True)]
+        return self.tokenizer(chosen, f"{self.manifest['name']} ({self.manifest['split']} rows {rows.min()} to {rows.max()})")
 
 
 def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -130,7 +202,7 @@ def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         value = columns[key]
         value, stored = value.astype(np.float32, copy=False), value.dtype
         batch[_PIXELS[key]] = value / np.float32(127.5) - np.float32(1) if stored == np.uint8 else value
-    batch["cond"] = {"label": columns["label"]} if "label" in columns else {}
+    batch["cond"] = {k: np.asarray(columns[k], dtype) for k, dtype in conditions.DTYPES.items() if k in columns}
     return batch
 
 
@@ -189,7 +261,8 @@ class _Batches:
 class Pipeline:
     """Iterator over batches; its whole state is the number of the next one.
 
-    Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example.
+    Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example, `conditions`
+    those of its condition by name (flowjax.conditions), `tokenizer` is None without `text`.
     """
 
     def __init__(self, batches: _Batches, manifest: dict[str, Any], start: int):
@@ -197,6 +270,7 @@ class Pipeline:
 
         first = batches.parts[0]
         self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
+        self.conditions, self.tokenizer = first.conditions, first.tokenizer
         size = 4 * math.prod(self.shape) * batches.batch_size // batches.process_count
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
         self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
@@ -231,9 +305,13 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
     if not sections or len(weights) != len(sections) or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"data.weights = {weights} must be {len(sections)} positive numbers, one for each of data.parts")
     parts = [_Part(s, split) for s in sections]
-    kinds = [(p.shape, p.manifest["dtype"], p.num_classes, sorted({*p.manifest["columns"]} - {"caption"})) for p in parts]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ConfigError(f"data.parts must agree in shape, dtype, classes and columns, but are {'; '.join(map(str, kinds))}")
+    def kind(p):
+        columns = sorted({*p.manifest["columns"]} - {"caption"})
+        return p.shape, p.manifest["dtype"], p.num_classes, columns, p.conditions, p.common.text
+
+    kinds = [kind(p) for p in parts]
+    if any(k != kinds[0] for k in kinds):
+        raise ConfigError(f"data.parts must agree in shape, dtype, classes, columns and text, but are {'; '.join(map(str, kinds))}")
     return parts, weights
 
 
@@ -289,21 +367,27 @@ class Declared:
 
     shape: tuple[int, ...]
     num_classes: int
+    conditions: Mapping[str, tuple[int, ...]]
     manifest: Mapping[str, Any]
+    tokenizer: None = None
 
 
 def declared(section: Mapping[str, Any] | str) -> Declared:
-    """The data that `expect_shape` and `expect_classes` promise, without looking for it."""
+    """The data that `expect_shape`, `expect_classes` and `expect_cond` promise, without looking for it."""
     name, settings = split_section(section, "data")
-    chosen = {**{k: p.default for k, p in arguments(_common).items()}, **{k: v for k, v in settings.items() if k.startswith("expect_")}}
-    if not chosen["expect_shape"] or chosen["expect_classes"] < 0:
+    promised = _Common(**{k: v for k, v in settings.items() if k.startswith("expect_")})
+    if not promised.expect_shape or promised.expect_classes < 0:
         raise ConfigError("data.expect_shape and data.expect_classes are needed to plan without the data")
-    shape, classes = tuple(chosen["expect_shape"]), chosen["expect_classes"]
-    return Declared(shape, classes, {"name": name, "shape": list(shape), "num_classes": classes, "declared": True})
+    shape, classes = tuple(promised.expect_shape), promised.expect_classes
+    conditions = ({"label": ()} if classes else {}) | _shapes(promised.expect_cond)
+    manifest = {"name": name, "shape": list(shape), "num_classes": classes, "declared": True}
+    return Declared(shape, classes, conditions, manifest)
 
 
 def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None) -> dict[str, Any]:
     """All examples of a split in order (or the first `limit`) as one batch, without flips; for evaluators and small data.
+
+    With `text`, "cond" has the tokens of each first caption, and "caption" lists all of them as they are stored.
 
     **Errors:** ConfigError for a mixture, for endless data without `limit`, and for more than 4 GiB.
     """
@@ -316,4 +400,7 @@ def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | 
     count = limit if part.source.endless else min(limit or len(part.source), len(part.source))
     if (size := 4 * count * math.prod(part.shape)) > ARRAY_BYTES:
         raise ConfigError(f"{part.manifest['name']} {split} would take {size / 2**30:.1f} GiB in memory; give a limit")
-    return _finish(part.rows(np.arange(count)))
+    rows = dict(part.rows(np.arange(count)))
+    if part.tokenizer:
+        rows["tokens"] = part.tokenizer([c.split("\n")[0] for c in rows["caption"]], part.manifest["name"])
+    return _finish(rows) | ({"caption": list(rows["caption"])} if part.tokenizer else {})

@@ -140,7 +140,8 @@ def idx(path: pathlib.Path, class_names: tuple[str, ...]) -> Opened:
 
 
 def _captions(root: pathlib.Path, found: list[pathlib.Path]) -> dict[pathlib.Path, str]:
-    """Captions by image file, from captions.jsonl (lines with "file" and "caption") or a .txt beside each image."""
+    """Captions by image file, from captions.jsonl (lines with "file" and "caption", one or a list) or a .txt beside each image
+    (a caption a line). Several captions of an image become lines of one string."""
     listing = root / "captions.jsonl"
     sidecars = sorted(f for f in root.rglob("*.txt") if f.parent == root or any(f.parent == i.parent for i in found))
     captions: dict[pathlib.Path, str] = {}
@@ -151,9 +152,10 @@ def _captions(root: pathlib.Path, found: list[pathlib.Path]) -> dict[pathlib.Pat
                 file, caption = root / row["file"], row["caption"]
             except (ValueError, KeyError, TypeError):
                 raise DataError(f'{listing} line {number}: expected {{"file": ..., "caption": ...}}') from None
-            if not isinstance(caption, str) or not caption.strip() or file in captions:
-                raise DataError(f"{listing} line {number}: empty or second caption of {row['file']}")
-            captions[file] = caption
+            several = caption if isinstance(caption, list) else [caption]
+            if not several or not all(isinstance(c, str) and c.strip() for c in several) or file in captions:
+                raise DataError(f"{listing} line {number}: empty caption of {row['file']}, or a second line with captions of it")
+            captions[file] = "\n".join(" ".join(c.split()) for c in several)
         where = str(listing)
     elif sidecars:
         by_stem = {f.with_suffix(""): f for f in found}
@@ -161,9 +163,10 @@ def _captions(root: pathlib.Path, found: list[pathlib.Path]) -> dict[pathlib.Pat
             twice = next(f for f in found if by_stem[f.with_suffix("")] != f)
             raise DataError(f"{twice}: two images would share the caption {twice.with_suffix('.txt')}")
         for text in sidecars:
-            captions[by_stem.get(text.with_suffix(""), text)] = text.read_text(encoding="utf-8").strip()
-            if not text.read_text(encoding="utf-8").strip():
+            lines = [" ".join(line.split()) for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+            if not lines:
                 raise DataError(f"{text}: empty caption")
+            captions[by_stem.get(text.with_suffix(""), text)] = "\n".join(lines)
         where = "its .txt"
     else:
         return {}

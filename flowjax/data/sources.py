@@ -1,7 +1,8 @@
 """Sources: a name and its settings -> random access to the examples of one split.
 
 `read(indices)` returns a dict of columns: "image" uint8 (n, H, W, C), or a list of (H, W, C) of several sizes; "x" float32
-(n, ...) for points; "win" and "lose" for preference pairs; "label" int32 (n,); "caption" list of strings.
+(n, ...) for points; "win" and "lose" for preference pairs; "label" int32 (n,); "caption" list of strings, several
+captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class Source:
     """One split of a data set.
 
     Properties: `manifest` has at least name, split, count (None: endless), shape (height and width None where images
-    differ), dtype, columns, num_classes (0: unlabelled) and class_names.
+    differ), dtype, columns, num_classes (0: unlabelled) and class_names; `embeddings` {name: shape} where captions are embedded.
     """
 
     manifest: Mapping[str, Any]
@@ -53,11 +54,11 @@ def digits(split: str, data_dir: str = "") -> Source:
 
 
 def tfds(
-    split: str, dataset: str = "", data_dir: str = "", directory: str = "", image: str = "image", label: str = "label"
+    split: str, dataset: str = "", data_dir: str = "", directory: str = "", image: str = "image", label: str = "label", caption: str = ""
 ) -> Source:
     """A TFDS data set prepared in array_record format: `directory`, or the newest version of data_root(data_dir)/dataset.
 
-    `image` and `label` name its features; label = "" leaves the labels out.
+    `image`, `label` and `caption` name its features; label = "" leaves the labels out, caption = "" the captions.
     """
     import tensorflow_datasets
 
@@ -75,6 +76,8 @@ def tfds(
     if label and label in features and not isinstance(features[label], tensorflow_datasets.features.ClassLabel):
         raise ConfigError(f"data.label = {label!r} of {path} is not a ClassLabel; use label = '' to leave it out")
     labelled = bool(label) and label in features
+    if caption and not isinstance(features.get(caption), tensorflow_datasets.features.Text):
+        raise ConfigError(f"data.caption = {caption!r} is not a text feature of {path}; its features: {', '.join(features)}")
     shape = features[image].shape
     if shape[2] is None:
         raise ConfigError(f"{path} does not say how many channels its images have; run tools/prepare_data with --channels")
@@ -86,6 +89,8 @@ def tfds(
         out = {"image": [images.decode(io.BytesIO(r[image]), w, shape[2]) for r, w in zip(found, where, strict=True)]}
         if labelled:
             out["label"] = np.array([r[label] for r in found], np.int32)
+        if caption:
+            out["caption"] = [r[caption].decode() for r in found]
         return out
 
     manifest = {
@@ -95,7 +100,7 @@ def tfds(
         "count": splits[split].num_examples,
         "shape": list(shape),
         "dtype": "uint8",
-        "columns": ["image", "label"] if labelled else ["image"],
+        "columns": ["image"] + ["label"] * labelled + ["caption"] * bool(caption),
         "num_classes": features[label].num_classes if labelled else 0,
         "class_names": list(features[label].names) if labelled else [],
         "path": str(path),
@@ -119,6 +124,8 @@ def array_record(split: str, path: str) -> Source:
     kept = {k: whole[k] for k in ("name", "dtype", "num_classes", "class_names", "captions", "content_hash")}
     place = {"split": split, "count": len(reader), "shape": whole["image_shape"], "path": str(path)}
     manifest = kept | place | {"columns": list(whole["features"])}
+    if stored := {k: whole["features"][k]["shape"] for k in ("text", "pooled") if k in whole["features"]}:
+        manifest["embeddings"] = stored
     return Source(manifest, reader.read)
 
 

@@ -1,0 +1,87 @@
+"""Captions -> token ids (n, length) int32, on the host.
+
+    {"name": "bytes", "length": 64}                                      UTF-8 bytes + 1: no file, any language
+    {"name": "file", "path": "tokenizer.json", "length": 77}             a file of the `tokenizers` library (extra `text`)
+
+Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
+never in silence.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flowjax.config import ConfigError, build as build_section
+from flowjax.data.records import DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """encode(list of strings) -> lists of ids. vocab: ids are 0 .. vocab - 1, `pad` among them. file: what it was read from."""
+
+    encode: Callable[[list[str]], list[list[int]]]
+    vocab: int
+    length: int
+    pad: int = 0
+    truncate: bool = False
+    file: pathlib.Path | None = None
+
+    def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
+        """int32 (n, length). **Errors:** DataError that quotes a text which does not fit and, as `where`, says whose it is."""
+        out = np.full((len(texts), self.length), self.pad, np.int32)
+        for row, text, ids in zip(out, texts, self.encode(list(texts)), strict=True):
+            if len(ids) > self.length and not self.truncate:
+                raise DataError(
+                    f"{where + ': ' if where else ''}{text!r} has {len(ids)} tokens, but text.length = {self.length}; "
+                    "raise it, or set text.truncate"
+                )
+            row[: len(ids)] = ids[: self.length]
+        return out
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file, or "" where there is none."""
+        return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else ""
+
+
+def _bytes(length: int, truncate: bool = False) -> Tokenizer:
+    """UTF-8 bytes shifted by one; a caption cut inside a character loses its last bytes only."""
+    return Tokenizer(lambda texts: [[b + 1 for b in text.encode()] for text in texts], 257, _length(length), truncate=truncate)
+
+
+def _file(path: str, length: int, pad: int = 0, truncate: bool = False) -> Tokenizer:
+    """A tokenizer.json, with the special tokens that its own post-processor adds; `pad` is the id to pad with."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("text.name = 'file' needs the tokenizers library: pip install 'flowjax[text]'") from None
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+        raise DataError(f"text.path = {path!r}: no such file")
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more specific
+        raise DataError(f"{file} is not a file of the tokenizers library ({error})") from None
+    inner.no_truncation()  # both are done here, where they are seen
+    inner.no_padding()
+    vocab = inner.get_vocab_size()
+    if not 0 <= pad < vocab:
+        raise ConfigError(f"text.pad = {pad} is outside the vocabulary, 0..{vocab - 1}")
+    return Tokenizer(lambda texts: [e.ids for e in inner.encode_batch(texts)], vocab, _length(length), pad, truncate, file)
+
+
+def _length(length: int) -> int:
+    if length < 1:
+        raise ConfigError(f"text.length = {length} should be at least 1")
+    return length
+
+
+TOKENIZERS = {"bytes": _bytes, "file": _file}
+
+
+def build(section, where: str = "data.text") -> Tokenizer:
+    """The tokenizer that a section describes."""
+    return build_section(TOKENIZERS, section, where)
