@@ -110,6 +110,8 @@ class Model:
     apply(x_t, t, cond, key) -> y with t of shape (B,). `key` is None for a deterministic call and a PRNG key when the
     network should use dropout. `null(cond)` returns the condition that means "no condition". `memory` is None for a
     pure function of its arguments; else the sampling driver carries its state, and `apply` is the model with none yet.
+    `project` takes what apply takes and returns (y, features (B, rows, columns, F) that a hidden state is projected to);
+    None for networks without a projector.
     """
 
     apply: Callable[..., Any]
@@ -117,6 +119,7 @@ class Model:
     prediction: str
     null: Callable[[Any], Any] | None = None
     memory: Memory | None = None
+    project: Callable[..., Any] | None = None
 
     def __call__(self, x_t, t, cond=None, key=None):
         """y for x_t (B, ...) at t, scalar or (B,)."""

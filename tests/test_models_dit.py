@@ -55,7 +55,7 @@ PAPER = {
     "XL/2": 674_834_720, "XL/4": 675_000_704, "XL/8": 675_664_640,
 }  # fmt: skip
 WITHOUT_SIGMA = {"S/2": 32_858_896, "B/2": 130_303_504, "L/2": 457_824_272, "XL/2": 674_816_272}
-LIGHTNING = {"depth": 28, "width": 1152, "heads": 16, "patch": 1, "norm": "rms", "mlp": "swiglu", "rope": True}
+LIGHTNING = {"preset": "LightningXL/1"}
 
 
 def parameters(size=32, channels=4, **fields):
@@ -66,7 +66,7 @@ def parameters(size=32, channels=4, **fields):
 
 @pytest.mark.parametrize("preset", PAPER)
 def test_parameter_counts_of_the_paper(preset):
-    assert set(PAPER) == set(MODELS["dit"].presets)
+    assert {*PAPER, *LIGHTNING.values()} == set(MODELS["dit"].presets)
     assert parameters(preset=preset, learn_sigma=True) == PAPER[preset]
 
 

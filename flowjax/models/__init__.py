@@ -15,6 +15,7 @@ from flowjax.models.perceptual import LPIPS
 from flowjax.models.text import TextTransformer
 from flowjax.models.unet import UNet
 from flowjax.models.vae import AutoencoderKL
+from flowjax.models.vit import ViT
 from flowjax.paths import Path, expand
 from flowjax.predictions import Model
 
@@ -27,6 +28,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "patch_gan": PatchGAN,
     "text": TextTransformer,
     "unet": UNet,
+    "vit": ViT,
 }
 
 

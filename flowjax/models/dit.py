@@ -6,6 +6,7 @@ compile time does not grow with depth.
 """
 
 import functools
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -15,9 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
+from flowjax.models import projector as projectors
 from flowjax.models.attention import attention
 from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
+from flowjax.models.stack import stack
 
 CONDITIONINGS = ("adaln_zero", "adaln", "in_context", "cross_attention")
 NORMS = ("layer", "rms")
@@ -148,6 +151,8 @@ class DiT(nn.Module):
       dtype: "float32" or "bfloat16", of matrix products and the residual stream.
       remat: what the backward pass keeps, see `flowjax.models.remat`.   attention: see `flowjax.models.attention`.
       scan: stack the layers (parameters "blocks" with a leading axis) or not ("block_0", ...).
+      projector: fields of a flowjax.models.projector.Projector, whose parameters the network then has and which works only when
+        `project` asks for it; None for none.
     """
 
     depth: int
@@ -172,12 +177,18 @@ class DiT(nn.Module):
     remat: str = "none"
     scan: bool = True
     attention: str = "auto"
+    projector: Mapping | None = None
 
     kind = "denoiser"
     presets = {
         f"{size}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
         for size, depth, width, heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
         for patch in (2, 4, 8)
+    } | {
+        # 2501.01423, on 16x16 latents of 32 channels.
+        "LightningXL/1": {
+            "depth": 28, "width": 1152, "heads": 16, "patch": 1, "norm": "rms", "mlp": "swiglu", "rope": True,
+        }
     }
 
     @property
@@ -190,8 +201,11 @@ class DiT(nn.Module):
         return {**cond, "label": jnp.full_like(cond["label"], self.num_classes)} if self.num_classes else cond
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, cond: dict, train: bool = False) -> jax.Array:
-        """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C), t (B,) in [0, 1], cond {"label": int (B,)} or {}."""
+    def __call__(self, x: jax.Array, t: jax.Array, cond: dict, train: bool = False, project: bool = False):
+        """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C), t (B,) in [0, 1], cond {"label": int (B,)} or {}.
+
+        With `project`, the pair of it and the projector's (B, H / patch, W / patch, features).
+        """
         _, height, width, channels = x.shape
         self._check(height, width)
         out_channels = (self.out_channels or channels) * (2 if self.learn_sigma else 1)
@@ -218,37 +232,19 @@ class DiT(nn.Module):
             if angles is not None:  # the extra tokens have no place in the image: angle 0
                 angles = jnp.pad(angles, ((0, extra), (0, 0)))
 
-        h = self._stack(train)(h, c, context, angles)
+        fields = (self.heads, self.hidden, self.conditioning, self.norm, self.qk_norm, self.mlp, self.dropout)
+        fields += (self.attention, self.dtype, train)
+        wanted = project or (self.projector is not None and self.is_initializing())
+        projector = projectors.build(self.projector, self.depth, self.dtype) if wanted else None
+        tap = projector.layer if wanted else 0
+        h, kept = stack(Block, fields, self.depth, scan=self.scan, remat=self.remat, tap=tap)(h, c, context, angles)
+        projection = projector(kept[:, : grid[0] * grid[1]], grid) if wanted else None
         if self.conditioning == "in_context":
             h = h[:, :-extra]
         y = Head(self.patch**2 * out_channels, self.conditioning, self.norm, self.dtype, name="final")(h, c)
         y = unpatchify(constrain(y, "batch", "seq", "act"), self.patch, height, width)
-        return y[..., : out_channels // 2] if self.learn_sigma and not self.return_sigma else y
-
-    def _stack(self, train: bool):
-        """The function (h, c, context, angles) -> h that runs all layers."""
-        fields = (self.heads, self.hidden, self.conditioning, self.norm, self.qk_norm, self.mlp, self.dropout)
-        fields += (self.attention, self.dtype, train)
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
-        if self.scan:
-            stacked = nn.scan(
-                block,
-                length=self.depth,
-                in_axes=nn.broadcast,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(*fields, name="blocks")
-            return lambda h, *inputs: stacked(h, *inputs)[0]
-
-        def run(h, *inputs):
-            for i in range(self.depth):
-                h, _ = block(*fields, name=f"block_{i}")(h, *inputs)
-            return h
-
-        return run
+        y = y[..., : out_channels // 2] if self.learn_sigma and not self.return_sigma else y
+        return (y, projection) if project else y
 
     def _check(self, height: int, width: int):
         lookup(dict.fromkeys(CONDITIONINGS), self.conditioning, "model.conditioning")
