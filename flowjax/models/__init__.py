@@ -11,6 +11,7 @@ from flowjax.models.classifier import Classifier
 from flowjax.models.discriminator import PatchGAN
 from flowjax.models.dit import DiT
 from flowjax.models.mlp import MLP
+from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
 from flowjax.models.text import TextTransformer
 from flowjax.models.unet import UNet
@@ -25,6 +26,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "dit": DiT,
     "lpips": LPIPS,
     "mlp": MLP,
+    "mmdit": MMDiT,
     "patch_gan": PatchGAN,
     "text": TextTransformer,
     "unet": UNet,
