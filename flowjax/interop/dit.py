@@ -51,18 +51,20 @@ def rename(path: tuple[str, ...]) -> str:
     return f"transformer_blocks.{block[1]}.{BLOCK[path[1:]]}"
 
 
-def unstack(params):
-    """Parameters of a scanned network ("blocks" with a leading axis) as those of an unrolled one ("block_0", ...)."""
-    rest = {name: leaf for name, leaf in params.items() if name != "blocks"}
-    depth = jax.tree.leaves(params["blocks"])[0].shape[0]
-    return rest | {f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]) for i in range(depth)}
+def unstack(params, name: str = "blocks", first: int = 0):
+    """Scanned layers, `name` with a leading axis, as those of an unrolled network ("block_<first>", ...); the rest as it is."""
+    rest = {key: leaf for key, leaf in params.items() if key != name}
+    depth = jax.tree.leaves(params[name])[0].shape[0]
+    return rest | {f"block_{first + i}": jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(depth)}
 
 
-def stack(params):
-    """Inverse of `unstack`, as NumPy arrays."""
-    rest = {name: leaf for name, leaf in params.items() if not name.startswith("block_")}
-    blocks = [params[f"block_{i}"] for i in range(len(params) - len(rest))]
-    return rest | {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
+def stack(params, name: str = "blocks", numbers=None):
+    """Inverse of `unstack`, as NumPy arrays, of the layers `numbers` (all)."""
+    if numbers is None:
+        numbers = range(sum(key.startswith("block_") for key in params))
+    blocks = [params[f"block_{i}"] for i in numbers]
+    rest = {key: leaf for key, leaf in params.items() if key not in {f"block_{i}" for i in numbers}}
+    return rest | {name: jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
 
 
 def from_torch(net: DiT, state, like):

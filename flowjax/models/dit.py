@@ -196,6 +196,11 @@ class DiT(nn.Module):
         """Hidden size of the MLP."""
         return int(self.mlp_ratio * self.width * (2 / 3 if self.mlp == "swiglu" else 1))
 
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a condition to leave out."""
+        return bool(self.num_classes)
+
     def null(self, cond):
         """The condition that means "no class": every label replaced by the extra row of the table."""
         return {**cond, "label": jnp.full_like(cond["label"], self.num_classes)} if self.num_classes else cond

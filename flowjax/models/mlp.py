@@ -26,6 +26,11 @@ class MLP(nn.Module):
 
     kind = "denoiser"
 
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a condition to leave out."""
+        return bool(self.num_classes)
+
     def null(self, cond):
         """The condition that means "no class": every label replaced by the extra row of the table."""
         return {**cond, "label": jnp.full_like(cond["label"], self.num_classes)} if self.num_classes else cond

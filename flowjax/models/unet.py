@@ -95,6 +95,11 @@ class UNet(nn.Module):
     kind = "denoiser"
     presets = PRESETS
 
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a condition to leave out."""
+        return bool(self.num_classes)
+
     def null(self, cond):
         """The condition that means "no class": every label replaced by the extra row of the table."""
         if not self.num_classes:
