@@ -64,5 +64,5 @@ def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Ca
         return module.apply({"params": params}, x_t, t, cond or {}, train=key is not None, rngs=rngs, **options)
 
     project = functools.partial(apply, project=True) if getattr(module, "projector", None) else None
-    # Without classes there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
-    return Model(apply, path, prediction, module.null if getattr(module, "num_classes", 1) else None, project=project)
+    # Without a condition there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
+    return Model(apply, path, prediction, module.null if getattr(module, "has_null", True) else None, project=project)
