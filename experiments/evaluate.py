@@ -46,9 +46,13 @@ def measure_samples(role, params, info, section, checkpoint):
     rule, cond = None, {}
     if info["model"].get("num_classes"):
         rule = "in turn: " + ",".join(sampling.LABELS.value) if sampling.LABELS.value else section["labels"]
-        cond = sampling.asked(info, count)
+        cond = sampling.labels(info, count)
         if not sampling.LABELS.value:
             cond = {"label": protocol.labels(count, info["num_classes"], rule, seed)}
+    elif info.get("text"):
+        rule = f"captions of {section['test_split']}, in turn"
+        tokens = arrays(info["config"]["data"], section["test_split"])["cond"]["tokens"]
+        cond = {"tokens": np.resize(tokens, (count, tokens.shape[1]))}
     x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
 
     def real(split):

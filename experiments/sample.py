@@ -1,6 +1,8 @@
 """Sample: python -m experiments.sample --checkpoint=<export or workdir> --out=runs/samples [--labels=3,7 --guidance=2 ...]
 
-Settings not given come from the run's config. Writes grid.png and samples.npz (x in [-1, 1], label, settings).
+    python -m experiments.sample --checkpoint=<export or workdir> --prompt="red heart" --prompt="a cat face" [--negative=... --size=64x96]
+
+Settings not given come from the run's config. Writes grid.png and samples.npz (x in [-1, 1], label or prompt, settings).
 """
 
 import json
@@ -22,16 +24,17 @@ def main():
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
     section = info["config"]["sample"]
-    count = sampling.COUNT.value or section["count"]
     seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
     chosen = sampling.options(info)
-    cond = sampling.asked(info, count)
+    count, cond, prompts = sampling.asked(checkpoint, info, sampling.COUNT.value)
     x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     told = {**chosen, "seed": seed, "checkpoint": checkpoint, "step": info["step"], "weights": info["weights"]}
-    np.savez(out / "samples.npz", x=x, settings=json.dumps(told), **cond)
-    pictures.samples(x, out / "grid.png", cond.get("label"))
+    said = {"prompt": np.array(prompts)} if prompts else {}
+    np.savez(out / "samples.npz", x=x, settings=json.dumps(told), **cond, **said)
+    columns = prompts.count(prompts[0]) if prompts else 10
+    pictures.samples(x, out / "grid.png", cond.get("label"), columns)
     print(f"{count} samples: {out / 'grid.png'}, {out / 'samples.npz'}")
     return 0
 

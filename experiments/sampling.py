@@ -1,6 +1,7 @@
 """Flags shared by the binaries that sample, and what they select. What is not given comes from the run's config."""
 
 import ast
+import pathlib
 
 import numpy as np
 from absl import flags
@@ -11,13 +12,18 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An export, or the workdir 
 WEIGHTS = flags.DEFINE_string("weights", "ema", 'For a workdir: the name of an average, or "params".')
 COUNT = flags.DEFINE_integer("count", 0, "How many samples; 0: as in the run's config.", lower_bound=0)
 LABELS = flags.DEFINE_list("labels", [], "Classes to ask for, repeated in turn; default: all classes in turn.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw, for a network of captions; may be given several times.")
+PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts, one a line.")
+NEGATIVE = flags.DEFINE_string("negative", "", "A prompt to be guided away from, in place of no prompt.")
+SIZE = flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the images in pixels, where it is not that of the training, or one number.")
 SEED = flags.DEFINE_integer("seed", -1, "Noise of sample i is a function of (seed, i); -1: as in the run's config.", lower_bound=-1)
 STEPS = flags.DEFINE_integer("steps", 0, "Sampler steps; 0: as in the run's config.", lower_bound=0)
 SAMPLER = flags.DEFINE_string("sampler", "", 'Name, or a section such as "{\'name\': \'ddim\', \'eta\': 1.0}".')
 GRID = flags.DEFINE_string("grid", "", "Step grid: name or section.")
 GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale of classifier-free guidance, "none", or a section.')
 BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
-SAMPLING = ("labels", "steps", "sampler", "grid", "guidance", "count", "seed")
+SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "steps", "sampler", "grid", "guidance", "count", "seed")
+EACH = 4  # samples of each prompt
 
 
 def section(text: str, flag: str):
@@ -49,11 +55,63 @@ def options(info: dict) -> dict:
         "grid": section(GRID.value, "grid"),
         "guidance": guidance(GUIDANCE.value) if GUIDANCE.value else "",
     }
+    given |= {"negative": NEGATIVE.value, "size": SIZE.value and size(SIZE.value)}
     return chosen | {k: v for k, v in given.items() if v}
 
 
-def asked(info: dict, count: int) -> dict:
-    """cond for `count` samples."""
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of "64x96" or "64"."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(n.isdigit() and int(n) for n in sides):
+        raise ConfigError(f"--size={text} should be HEIGHTxWIDTH, or one number for both")
+    return int(sides[0]), int(sides[-1])
+
+
+def prompts() -> list[str]:
+    """What --prompt and --prompts ask for."""
+    asked = list(PROMPT.value)
+    if PROMPTS.value:
+        try:
+            lines = pathlib.Path(PROMPTS.value).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts={PROMPTS.value}: {error}") from None
+        asked += [line.strip() for line in lines if line.strip()]
+        if not asked:
+            raise ConfigError(f"--prompts={PROMPTS.value} holds no prompts")
+    return asked
+
+
+def captions(source, info, count: int) -> tuple[dict, list[str]]:
+    """(cond, the prompt of each sample) for `count` samples, all of one prompt together; count 0 is EACH of every prompt."""
+    from flowjax.train import export
+
+    asked = prompts() or list(info["config"]["sample"].get("prompts") or ())
+    if not asked:
+        raise ConfigError("this network draws what a caption says: give --prompt or --prompts")
+    each = -(-count // len(asked)) if count else EACH
+    rows = [p for p in asked for _ in range(each)][: count or None]
+    ids = export.tokenizer_of(source, info)(asked, "--prompt")
+    return {"tokens": np.repeat(ids, each, 0)[: len(rows)]}, rows
+
+
+def asked(source, info: dict, count: int) -> tuple[int, dict, list[str]]:
+    """(count, cond, the prompt of each sample or []); count 0 is the run's own, or EACH of every prompt."""
+    if info.get("text"):
+        if LABELS.value:
+            raise ConfigError("--labels: this network is asked by --prompt")
+        cond, rows = captions(source, info, count)
+        return len(rows), cond, rows
+    count = count or info["config"]["sample"]["count"]
+    return count, labels(info, count), []
+
+
+def labels(info: dict, count: int) -> dict:
+    """cond of `count` samples of a network of classes, or of none."""
+    if info.get("text"):
+        raise ConfigError("this network draws what a caption says; only classes, or nothing, can be asked for here")
+    for flag in (PROMPT, PROMPTS, NEGATIVE):
+        if flag.value:
+            raise ConfigError(f"--{flag.name}: this network was not trained with captions")
     from flowjax import generate
 
     classes = info["num_classes"] if info["model"].get("num_classes") else 0

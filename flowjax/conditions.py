@@ -25,6 +25,12 @@ def shapes_of(cond: Mapping) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape[1:]) for k, v in cond.items()}
 
 
+def embed(encoder, cond: Mapping) -> dict[str, jax.Array]:
+    """tokens -> "text" and "pooled", by a text encoder; the rest stays."""
+    sequence, pooled = encoder(cond["tokens"])
+    return {**{k: v for k, v in cond.items() if k != "tokens"}, "text": sequence, "pooled": pooled}
+
+
 class Watched(dict):
     """A condition that keeps the names it was asked for in `read`."""
 

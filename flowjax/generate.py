@@ -4,28 +4,40 @@ All randomness of sample i is a function of (seed, i): a set of samples does not
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flowjax import samplers, times
+from flowjax import conditions, samplers, times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
 
 
-def make(role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, besides=None):
+def make(
+    role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, text=None, negative=None, besides=None
+):
     """sample(params, seed, indices (B,), cond) -> (B, ...) data, to be jitted.
 
     shape: of one (latent) example. sampler, grid, guidance: config sections ("none" for no guidance). codec: Latents of a
-    frozen autoencoder, which decodes the result. besides: what the guidance takes besides the model ({"bad": Model}, ...).
+    frozen autoencoder, which decodes the result. text: frozen text encoder, which embeds cond["tokens"]. negative: condition of one
+    row to guide away from, in place of the network's null condition. besides: what the guidance takes besides the model
+    ({"bad": Model}, ...).
     """
     if role.module.kind != "denoiser":
         raise ConfigError(f"a network of kind {role.module.kind!r} cannot be sampled; only denoisers can")
     if steps < 1:
         raise ConfigError(f"sample.steps = {steps} should be at least 1")
     path = role.path
+    if negative is not None and guidance == "none":
+        raise ConfigError("a negative prompt needs guidance")
     at = times.grid(steps, path, prediction=role.prediction, **keywords(grid))
 
     def sample(params, seed, indices, cond):
         model = role.net(params)
+        if text is not None:
+            cond = conditions.embed(text, cond)
+        if negative is not None:
+            other = negative if text is None else conditions.embed(text, negative)
+            model = model.replace(null=lambda c: {**c, **{k: jnp.broadcast_to(v, c[k].shape) for k, v in other.items()}})
         if guidance != "none":
             model = build(GUIDANCE, guidance, "sample.guidance", model=model, **(besides or {}))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)

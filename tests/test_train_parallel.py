@@ -103,7 +103,7 @@ def test_latents(autoencoder, tmp_path):
     train(run, tmp_path / "run")
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     export.export(tmp_path / "run", tmp_path / "run" / "export")
-    assert export.codec_of(tmp_path / "run" / "export", export.info_of(tmp_path / "run" / "export")).encode(np.zeros((1, 8, 8, 1))).shape == (1, 4, 4, 2)
+    assert export.companion(tmp_path / "run" / "export", export.info_of(tmp_path / "run" / "export"), "vae").encode(np.zeros((1, 8, 8, 1))).shape == (1, 4, 4, 2)
 
 
 # --- the mesh itself

@@ -34,7 +34,7 @@ import numpy as np
 from absl import flags
 
 from experiments import shell
-from flowjax import generate, times
+from flowjax import conditions, generate, times
 from flowjax.config import ConfigError, keywords, split
 from flowjax.data.pipeline import pipeline
 from flowjax.models import flops
@@ -129,7 +129,8 @@ class Draws:
     def __init__(self, this, sampler, steps: int, batch: int):
         section = {**this.config["sample"], "sampler": sampler, "steps": steps}
         classes = this.pipeline.num_classes if getattr(this.roles["net"].module, "num_classes", 0) else 0
-        cond = {"label": generate.balanced_labels(batch, classes)} if classes else {}
+        cond = {k: v for k, v in conditions.zeros(this.pipeline.conditions, batch).items() if k != "label"}
+        cond |= {"label": generate.balanced_labels(batch, classes)} if classes else {}
         self.inputs = this.config["seed"], np.arange(batch), cond
         self.this, self.section = this, section
         self.sample, self.spent = compiled(this.sampler(section), this.target.params["net"], *self.inputs)

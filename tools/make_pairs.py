@@ -36,7 +36,7 @@ def main():
     checkpoint, k = sampling.CHECKPOINT.value, CANDIDATES.value
     role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
     seed = max(0, sampling.SEED.value)
-    cond = {name: np.repeat(v, k, axis=0) for name, v in sampling.asked(info, PAIRS.value).items()}
+    cond = {name: np.repeat(v, k, axis=0) for name, v in sampling.labels(info, PAIRS.value).items()}
     chosen = sampling.options(info)
     x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, PAIRS.value * k, seed, sampling.BATCH.value))
     labels = cond.get("label")

@@ -125,12 +125,16 @@ def _program(run, what):
     import jax
     import jax.numpy as jnp
 
+    from flowjax import conditions
+
     if what == "step":
         return run.step(), (run.target, run.frozen, run.batch())
     section = run.config["sample"]
-    seen = lambda dtype: jax.ShapeDtypeStruct((section["count"],), dtype, sharding=jax.NamedSharding(run.mesh, jax.P()))  # noqa: E731
-    cond = {"label": seen(jnp.int32)} if run.pipeline.num_classes else {}
-    return run.sampler(section), (run.target.params["net"], section["seed"], seen(jnp.int32), cond)
+    everywhere = jax.NamedSharding(run.mesh, jax.P())
+    seen = lambda v: jax.ShapeDtypeStruct((section["count"], *v.shape[1:]), v.dtype, sharding=everywhere)  # noqa: E731
+    rows = seen(jnp.zeros((1,), jnp.int32))
+    cond = jax.tree.map(seen, conditions.zeros(run.pipeline.conditions, 1))
+    return run.sampler(section), (run.target.params["net"], section["seed"], rows, cond)
 
 
 def advice(found: dict, config, chip) -> list[str]:

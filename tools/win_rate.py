@@ -27,7 +27,7 @@ def main():
     judge = None
     for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
         role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
-        chosen, cond = sampling.options(info), sampling.asked(info, count)
+        chosen, cond = sampling.options(info), sampling.labels(info, count)
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))
         out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": chosen}

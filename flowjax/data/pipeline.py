@@ -97,6 +97,8 @@ class _Part:
         count = self.manifest["count"]
         if count is not None and count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize <= CACHE_BYTES:
             self._cache = self._load(np.arange(count))
+            if self.tokenizer:  # a caption that does not fit is met now, not after hours
+                self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")], self.manifest["name"])
 
     def _tokenizer(self):
         common = self.common

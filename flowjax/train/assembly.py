@@ -5,8 +5,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flowjax import generate, objectives
+from flowjax import conditions, generate, objectives
 from flowjax.config import ConfigError, bind, lookup
 from flowjax.data.pipeline import pipeline
 from flowjax.models import sharding
@@ -15,6 +16,8 @@ from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, same_shapes
 
+# Frozen networks that stand between the data and any objective's networks: images -> latents, tokens -> embeddings.
+CODECS = ("vae", "text")
 # What describes a network that this run trains.
 NETWORK = ("model", "path", "prediction", "input_scaling")
 
@@ -22,22 +25,27 @@ NETWORK = ("model", "path", "prediction", "input_scaling")
 def build_roles(config, objective):
     """(roles, loaded): every role of the run, and (params, info) of those that come from a checkpoint."""
     roles, loaded = {}, {}
-    known = {*objective.roles, "vae"}
+    known = {*objective.roles, *CODECS}
     for name in config["roles"]:
         if name not in known or objective.roles.get(name, "").startswith("ema:"):
             valid = [k for k in sorted(known) if not objective.roles.get(k, "").startswith("ema:")]
             raise ConfigError(f"roles.{name} takes no part in objective {config['objective']!r}; valid: {', '.join(valid)}")
-    for name, kind in {**objective.roles, **({"vae": "frozen"} if "vae" in config["roles"] else {})}.items():
+    for name, kind in {**objective.roles, **{k: "frozen" for k in CODECS if k in config["roles"]}}.items():
         section = config["roles"].get(name)
         if kind.startswith("ema:"):
             if name not in config["ema"]:
                 raise ConfigError(f"objective {config['objective']!r} needs an average ema.{name} of {kind.removeprefix('ema:')}")
-        elif kind == "frozen":
+        elif kind == "optional" and not section:
+            continue
+        elif kind in ("frozen", "optional"):
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
             if any(section[k] for k in (*NETWORK, "optimizer", "every")):
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+            wanted = {"vae": "autoencoder", "text": "text_encoder"}.get(name)
+            if wanted and roles[name].module.kind != wanted:
+                raise ConfigError(f"roles.{name}.checkpoint = {section['checkpoint']!r} is a {roles[name].module.kind}, not a {wanted}")
             loaded[name] = params, info
         else:
             section = section or {}
@@ -47,6 +55,9 @@ def build_roles(config, objective):
             model, path, prediction, scaling = (section.get(k) or config[k] for k in NETWORK)
             label = "model" if name == "net" else f"roles.{name}.model"
             roles[name] = build_role(model, path, prediction, label, input_scaling=scaling)
+            wanted = objective.kinds.get(name, roles[name].module.kind)
+            if roles[name].module.kind != wanted:
+                raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {wanted!r} as {name!r}")
             if section.get("checkpoint"):
                 saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
                 _same_meaning(saved, roles[name], f"roles.{name}.checkpoint = {section['checkpoint']!r}")
@@ -104,6 +115,7 @@ class Run:
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
         self.example = self._example()
         self._places()
+        self._check_conditions()
 
     @property
     def trained(self):
@@ -124,13 +136,31 @@ class Run:
         if count and not have:
             raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
 
+    def _check_conditions(self):
+        """ConfigError where captions were asked for, and no network looks at them."""
+        idle = {*self.pipeline.conditions} - {"label"} - ({"tokens"} if "text" in self.roles else set())
+        read = set()
+        for name in self.trained:
+            x, cond = self.example
+            cond = conditions.Watched(cond)
+            jax.eval_shape(lambda key, name=name, cond=cond: self.roles[name].init(key, x, cond), jax.random.key(0))
+            read |= cond.read
+        if idle - read:
+            name = self.config["model"]["name"]
+            raise ConfigError(f"the data has {', '.join(sorted(idle - read))} (data.text, or embeddings), but model {name!r} does not use them")
+
     def _example(self):
         """One example as the network sees it: (x (1, ...), cond)."""
         shape = tuple(self.pipeline.shape)
         if "vae" in self.roles:
             codec = self.roles["vae"].net(self.loaded["vae"][0])
             shape = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1:]
-        cond = {"label": jnp.zeros((1,), jnp.int32)} if self.pipeline.num_classes else {}
+        cond = conditions.zeros(self.pipeline.conditions, 1)
+        if "text" in self.roles:
+            if "tokens" not in cond:
+                raise ConfigError("roles.text embeds captions, and the data has no tokens: set data.text")
+            text = self.roles["text"].net(self.loaded["text"][0])
+            cond = conditions.zeros(conditions.shapes_of(jax.eval_shape(lambda c: conditions.embed(text, c), cond)), 1)
         return jnp.zeros((1, *shape), jnp.float32), cond
 
     def _init_params(self, key):
@@ -210,7 +240,7 @@ class Run:
         rows = mesh_lib.batch_sharding(self.mesh)
         one = lambda shape, dtype: jax.ShapeDtypeStruct((self.config["batch_size"], *shape), dtype, sharding=rows)  # noqa: E731
         names = ("win", "lose") if "win" in self.pipeline.manifest.get("columns", ()) else ("x",)
-        cond = {"label": one((), jnp.int32)} if self.pipeline.num_classes else {}
+        cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
         return {**{k: one(self.pipeline.shape, jnp.float32) for k in names}, "cond": cond}
 
     def jit(self, fn):
@@ -226,9 +256,33 @@ class Run:
         """jitted sample(params, seed, indices, cond) of the role "net" (see flowjax.generate), as a `sample` section says."""
         shape = self.example[0].shape[1:]
         guidance, besides = generator.second_network(section["guidance"], shape)
-        codec = self.roles["vae"].net(self.loaded["vae"][0]) if "vae" in self.roles else None
+        codec, text = (self.roles[k].net(self.loaded[k][0]) if k in self.roles else None for k in CODECS)
         options = {k: section[k] for k in ("steps", "sampler", "grid")}
-        return self.jit(generate.make(self.roles["net"], shape, guidance=guidance, besides=besides, codec=codec, **options))
+        negative = self.tokens([section["negative"]], "sample.negative") if section["negative"] else None
+        made = generate.make(
+            self.roles["net"], shape, guidance=guidance, besides=besides, codec=codec, text=text, negative=negative, **options
+        )
+        return self.jit(made)
+
+    def tokens(self, prompts, where: str):
+        """{"tokens": ids} of prompts."""
+        if self.pipeline.tokenizer is None:
+            raise ConfigError(f"{where} needs data.text, the tokenizer of captions")
+        return {"tokens": self.pipeline.tokenizer(prompts, where)}
+
+    def asked(self, section):
+        """Conditions for the `count` samples of a `sample` section: its prompts, or those of the validation split's first rows;
+        classes in turn."""
+        count, cond = section["count"], {}
+        if {*self.pipeline.conditions} - {"label"}:
+            stream = self.stream(self.config["validation"]["split"], 0, shuffle=False)
+            cond = {k: np.resize(v, (count, *v.shape[1:])) for k, v in next(stream)["cond"].items()}
+        if section["prompts"]:
+            ids = self.tokens(section["prompts"], "sample.prompts")["tokens"]
+            cond["tokens"] = np.resize(ids, (count, *ids.shape[1:]))
+        if self.pipeline.num_classes:
+            cond["label"] = generate.balanced_labels(count, self.pipeline.num_classes)
+        return cond
 
     def plain(self):
         """This run with plain attention and nothing recomputed: the same mathematics, whose operations can all be counted.
@@ -263,7 +317,7 @@ class Run:
                 # One key per validation batch, the same at every validation: noise and times are fixed.
                 key = jax.random.fold_in(jax.random.key(self.config["seed"] + 1), index)
                 batch = step_lib.prepare(self.objective, nets, batch, key, state.step)
-                return player.loss(nets, batch, None)[0]
+                return player.loss(nets, batch | step_lib.measured(player, nets, batch, None), None)[0]
 
         return jax.jit(loss, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
 
@@ -272,6 +326,8 @@ class Run:
         return {
             **{k: self.config[k] for k in NETWORK},
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
+            "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
+            "text": self.pipeline.tokenizer and self.config["data"].get("text"),
             "image_shape": list(self.pipeline.shape), "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
         }

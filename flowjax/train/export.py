@@ -3,7 +3,8 @@
     export/config.json        model, path, prediction, latent statistics, shape, classes, the whole run config, step, hash
     export/params/            orbax checkpoint
     export/model.safetensors  the same arrays, names joined by dots
-    export/vae/               the export of the autoencoder, for a network that works on its latents
+    export/vae/, export/text/ exports of the frozen autoencoder and text encoder that the network works with
+    export/tokenizer.json     the tokenizer's file, where captions are tokenised by one
 """
 
 import json
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowjax import conditions
 from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
@@ -63,7 +65,7 @@ def abstract(role, info: dict):
         place = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), jax.P())
 
     x = jnp.zeros((1, *info["shape"]), jnp.float32)
-    cond = {"label": jnp.zeros((1,), jnp.int32)} if info.get("num_classes") else {}
+    cond = conditions.zeros(info.get("conditions") or ({"label": ()} if info.get("num_classes") else {}), 1)
     shapes = meta.unbox(jax.eval_shape(lambda k: role.init(k, x, cond), jax.random.key(0)))
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
@@ -95,31 +97,54 @@ def load(path, weights: str = "ema", step: int | None = None, where: str = "chec
     return role, params, {**info, "step": step, "weights": weights}
 
 
-def codec_of(path, info, where: str = "checkpoint"):
-    """The Latents codec that a network works with, or None: from the export itself, or from where the run took it."""
-    nested = files.path(path) / "vae"
-    section = info.get("config", {}).get("roles", {}).get("vae")
-    if not nested.exists() and not section:
+def _origin(path, info, name: str):
+    """(checkpoint, weights) of the frozen role `name` (vae, text) that a network works with, or None: inside the export itself,
+    or where its run took it from."""
+    nested = files.path(path) / name
+    section = info.get("config", {}).get("roles", {}).get(name)
+    if nested.exists():
+        return nested, "ema"
+    return (section["checkpoint"], section["weights"]) if section else None
+
+
+def companion(path, info, name: str, where: str = "checkpoint"):
+    """The callable of the frozen role `name` that a network works with ("vae": Latents, "text": a text encoder), or None."""
+    if (origin := _origin(path, info, name)) is None:
         return None
-    source, weights = (nested, "ema") if nested.exists() else (section["checkpoint"], section["weights"])
-    role, params, _ = load(source, weights, where=f"{where}: vae")
+    role, params, _ = load(*origin, where=f"{where}: {name}")
     return role.net(params)
 
 
+def tokenizer_of(path, info):
+    """The tokenizer of the network's captions; ConfigError where it has none."""
+    from flowjax.data import text
+
+    if not info.get("text"):
+        raise ConfigError(f"{path} was not trained with captions (data.text)")
+    section = info["text"]
+    if (own := files.path(path) / "tokenizer.json").exists():
+        section = {**section, "path": str(own)}
+    found = text.build(section, "text")
+    if (was := info["data"].get("tokenizer", {}).get("sha256", found.digest)) != found.digest:
+        raise ConfigError(f"{section['path']} is not the tokenizer that {path} was trained with (sha256 {found.digest[:12]}, was {was[:12]})")
+    return found
+
+
 def export(source, out, weights: str = "ema", step: int | None = None, latents=None, posthoc_std: float = 0.0):
-    """Export a workdir's network (and the autoencoder it depends on) to `out`. Returns the info written.
+    """Export a workdir's network (and the frozen networks it works with) to `out`. Returns the info written.
 
     latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents.
     """
     role, params, info = load(source, weights, step, posthoc_std=posthoc_std)
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
-    section = info.get("config", {}).get("roles", {}).get("vae")
-    nested = files.path(source) / "vae"
-    if nested.exists() or section:
-        origin = (nested, "ema") if nested.exists() else (section["checkpoint"], section["weights"])
-        _, vae_params, vae_info = load(*origin, where="roles.vae")
-        write(files.path(out) / "vae", vae_params, vae_info)
+    for name in ("vae", "text"):
+        if origin := _origin(source, info, name):
+            _, its_params, its_info = load(*origin, where=f"roles.{name}")
+            write(files.path(out) / name, its_params, its_info)
+    if info.get("text") and (file := tokenizer_of(source, info).file):
+        files.path(out).mkdir(parents=True, exist_ok=True)
+        (files.path(out) / "tokenizer.json").write_bytes(file.read_bytes())
     write(out, params, info)
     return info
 

@@ -50,7 +50,8 @@ def second_network(guidance, shape):
 
 
 def load(source, weights: str = "ema", settings: dict | None = None) -> Generator:
-    """The Generator of a checkpoint. settings: steps, sampler, grid, guidance; those not given are the run's own."""
+    """The Generator of a checkpoint. settings: steps, sampler, grid, guidance, negative (a prompt), which
+    are the run's own where not given; and size, (height, width) of the images."""
     role, params, info = export.load(source, weights)
     return build(role, params, info, source, settings)
 
@@ -59,15 +60,28 @@ def build(role, params, info, source, settings: dict | None = None) -> Generator
     """`load` for a network that is loaded already."""
     chosen = defaults(info) | (settings or {})
     guidance, besides = second_network(chosen.pop("guidance"), info["shape"])
-    codec = export.codec_of(source, info)
-    return Generator(
-        jax.jit(generate.make(role, tuple(info["shape"]), guidance=guidance, codec=codec, besides=besides, **chosen)), params, info
-    )
+    shape = tuple(info["shape"])
+    if size := chosen.pop("size", None):
+        shape = resized(info, size)
+    if prompt := chosen.pop("negative"):
+        chosen["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
+    given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text"))}
+    return Generator(jax.jit(generate.make(role, shape, guidance=guidance, besides=besides, **given, **chosen)), params, info)
+
+
+def resized(info, size):
+    """Shape of what the network makes for images of size (height, width), which its training size is a multiple or part of."""
+    trained, image = tuple(info["shape"]), tuple(info["image_shape"])
+    factor = image[0] // trained[0]
+    if len(trained) != 3 or any(n < 1 or n % factor for n in size):
+        raise ConfigError(f"--size={'x'.join(map(str, size))} should be positive multiples of {factor}, for a network of images")
+    return size[0] // factor, size[1] // factor, trained[2]
 
 
 def defaults(info) -> dict:
     """The sampling settings of the run that trained the network."""
-    return {k: info["config"]["sample"][k] for k in ("steps", "sampler", "grid", "guidance")}
+    section = info["config"]["sample"]
+    return {k: section[k] for k in ("steps", "sampler", "grid", "guidance")} | {"negative": section.get("negative", "")}
 
 
 def reconstructions(role, params, x, batch: int):

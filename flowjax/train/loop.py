@@ -313,8 +313,7 @@ def _drawer(this, workdir):
     if role.module.kind != "denoiser":
         raise ConfigError(f"sample.every = {section['every']}: a network of kind {role.module.kind!r} draws nothing; set it to 0")
     sample = this.sampler(section)
-    count, classes = section["count"], this.pipeline.num_classes
-    cond = {"label": generate.balanced_labels(count, classes)} if classes else {}
+    count, cond = section["count"], this.asked(section)
     # Traced now, so that a bad sampler is refused before training, not at the first picture.
     jax.eval_shape(sample, this.target.params["net"], section["seed"], np.arange(count), cond)
 

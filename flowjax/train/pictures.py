@@ -47,11 +47,11 @@ def scatter(points, path, labels=None, limit: float | None = None):
     _write(path, lambda file: figure.savefig(file, dpi=110, format="png"))
 
 
-def samples(x, path, labels=None):
+def samples(x, path, labels=None, columns: int = 10):
     """A grid for images, a scatter plot for points."""
     x = np.asarray(x)
     if x.ndim == 4:
-        grid(x, path)
+        grid(x, path, columns)
     elif x.ndim == 2 and x.shape[1] >= 2:
         scatter(x[:, :2], path, labels)
 

@@ -26,8 +26,13 @@ def validation(every: int = 0, batches: int = 4, split: str = "test"):
     """Loss of the averaged weights on held-out batches with fixed noise and times, every so many steps (0 = never)."""
 
 
-def sample(steps: int = 50, sampler="heun", grid="uniform", guidance="none", every: int = 0, count: int = 100, seed: int = 0):
-    """How this run's model is sampled, and how often a picture of `count` samples is drawn while training (0 = never)."""
+def sample(steps: int = 50, sampler="heun", grid="uniform", guidance="none", every: int = 0, count: int = 100, seed: int = 0,
+           prompts=(), negative: str = ""):
+    """How this run's model is sampled, and how often a picture of `count` samples is drawn while training (0 = never).
+
+    prompts: what the pictures are asked for, in turn (else captions of the validation split); negative: a prompt to be guided
+    away from, in place of no prompt.
+    """
 
 
 def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pixels",), judge="svm", batch: int = 250, seed: int = 0,

@@ -1,6 +1,6 @@
 """The one train step: every method of flowjax goes through it.
 
-    batch -> (latents) -> rollout -> for each player: gradients over slices, update -> averages
+    batch -> (latents, embeddings) -> rollout -> for each player: gradients over slices, update -> averages
 
 State is one pytree. Randomness is a function of (seed, step): nothing random is saved, so a resumed run repeats the
 uninterrupted one. The step is pure; the loop jits it with shardings and donation.
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flowjax import conditions
 from flowjax.models import sharding
 from flowjax.objectives import BoundObjective
 from flowjax.train import ema as ema_lib
@@ -55,10 +56,12 @@ def nets_of(objective: BoundObjective, roles: Mapping[str, Role], params, ema, f
 
 
 def encode(nets, batch):
-    """Images -> latents, where a frozen autoencoder takes part."""
-    if "vae" not in nets:
-        return batch
-    return {k: nets["vae"].encode(v) if k in ("x", "win", "lose") else v for k, v in batch.items()}
+    """Images -> latents and tokens -> embeddings, where a frozen autoencoder or text encoder takes part."""
+    if "vae" in nets:
+        batch = {k: nets["vae"].encode(v) if k in ("x", "win", "lose") else v for k, v in batch.items()}
+    if "text" in nets:
+        batch = {**batch, "cond": conditions.embed(nets["text"], batch["cond"])}
+    return batch
 
 
 def prepare(objective, nets, batch, key, step):
@@ -80,20 +83,37 @@ def slices(batch, count: int):
     return jax.tree.map(one, batch)
 
 
+def mean_of_slices(fn: Callable, batch, key, accumulate: int):
+    """Mean in float32 of the tree fn(part, key) over `accumulate` slices of the batch, one after another."""
+
+    def one(part, key):
+        return jax.tree.map(lambda v: v.astype(jnp.float32) / accumulate, fn(part, key))
+
+    if accumulate == 1:
+        return one(batch, key)
+    parts, keys = slices(batch, accumulate), jax.random.split(key, accumulate)
+    first = jax.tree.map(lambda v: v[0], parts)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, keys[0]))
+    total, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, one(*part)), None), zero, (parts, keys))
+    return total
+
+
 def gradients(loss_of: Callable, params, batch, key, accumulate: int):
-    """(gradients, loss, metrics) of mean-reduced loss_of(params, batch, key), summed in float32 over `accumulate` slices."""
+    """(gradients, loss, metrics) of mean-reduced loss_of(params, batch, key), averaged over `accumulate` slices."""
 
     def grad(part, key):
         (value, metrics), g = jax.value_and_grad(loss_of, has_aux=True)(params, part, key)
-        return jax.tree.map(lambda v: v.astype(jnp.float32) / accumulate, (g, value, metrics))
+        return g, value, metrics
 
-    if accumulate == 1:
-        return grad(batch, key)
-    parts, keys = slices(batch, accumulate), jax.random.split(key, accumulate)
-    first = jax.tree.map(lambda v: v[0], parts)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, first, keys[0]))
-    total, _ = jax.lax.scan(lambda acc, part: (jax.tree.map(jnp.add, acc, grad(*part)), None), zero, (parts, keys))
-    return total
+    return mean_of_slices(grad, batch, key, accumulate)
+
+
+def measured(player, nets, batch, key, accumulate: int = 1):
+    """What a slice of the batch has to know of the whole: {} or {"measured": ...} (objectives.Player)."""
+    if player.measure is None:
+        return {}
+    found = mean_of_slices(lambda part, key: player.measure(nets, part, key), batch, key, accumulate)
+    return {"measured": jax.lax.stop_gradient(found)}
 
 
 def make_step(
@@ -118,10 +138,11 @@ def make_step(
 
     def update(player, state, frozen, batch, key):
         role = player.role
+        whole = measured(player, nets_of(objective, roles, state.params, state.ema, frozen), batch, key, accumulate)
 
         def loss_of(p, part, key):
             nets = nets_of(objective, roles, {**state.params, role: p}, state.ema, frozen)
-            return player.loss(nets, part, key)
+            return player.loss(nets, {**part, **whole}, key)
 
         grads, value, metrics = gradients(loss_of, state.params[role], batch, key, accumulate)
         finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)] + [jnp.isfinite(value)])
