@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flowjax.config import ConfigError, check, lookup
 from flowjax.models import layers as L
+from flowjax.models import projector as projectors
 from flowjax.models.attention import LAYOUT, attention
 from flowjax.models.dit import EPS, Attention, Head, modulation, patchify, unpatchify
 from flowjax.models.remat import REMAT
@@ -176,8 +177,9 @@ class MMDiT(nn.Module):
         cond["tokens"]; None for embedded text, cond["text"] and cond["pooled"].
       out_channels: 0 for as many as the input has.   dropout: on the output of each branch, when train.
       time_scale: of the timestep embedding.
-      dtype, remat, attention: as in `flowjax.models.dit.DiT`.
+      dtype, remat, attention: as in `DiT`.
       scan: stack layers of a kind (parameters "dual_blocks", "blocks"; the last one is of its own kind) or not.
+      projector: as in `DiT`, of the image's tokens.
     """
 
     depth: int
@@ -198,6 +200,7 @@ class MMDiT(nn.Module):
     remat: str = "none"
     scan: bool = True
     attention: str = "auto"
+    projector: Mapping | None = None
 
     kind = "denoiser"
     has_null = True
@@ -212,10 +215,11 @@ class MMDiT(nn.Module):
         return empty(cond)
 
     @nn.compact
-    def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping, train: bool = False, project: bool = False):
         """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C) and t (B,) in [0, 1].
 
-        cond: "tokens" int (B, L) with a text encoder, else "text" (B, S, any size) and "pooled" (B, any size).
+        cond: "tokens" int (B, L) with a text encoder, else "text" (B, S, any size) and "pooled" (B, any size). With `project`,
+        the pair of the prediction and the projector's (B, H / patch, W / patch, features).
         """
         _, height, width, channels = x.shape
         grid = height // self.patch, width // self.patch
@@ -235,9 +239,13 @@ class MMDiT(nn.Module):
             image = image + self._places(*grid)
         image = constrain(image.astype(self.dtype), "batch", "seq", "act")
 
-        image = self._layers(train, text, image, c, angles)
+        wanted = project or (self.projector is not None and self.is_initializing())
+        projector = projectors.build(self.projector, self.depth, self.dtype) if wanted else None
+        image, kept = self._layers(train, projector.layer if wanted else 0, (text, image), c, angles)
+        projection = projector(kept, grid) if wanted else None
         y = Head(self.patch**2 * (self.out_channels or channels), "adaln_zero", "layer", self.dtype, name="final")(image, c)
-        return unpatchify(constrain(y, "batch", "seq", "act"), self.patch, height, width)
+        y = unpatchify(constrain(y, "batch", "seq", "act"), self.patch, height, width)
+        return (y, projection) if project else y
 
     def _text(self, cond):
         """(sequence (B, S, any size), pooled (B, any size))."""
@@ -259,21 +267,23 @@ class MMDiT(nn.Module):
             return jax.lax.stop_gradient(held((row[:, None] * self.table + column).ravel()))
         return grid_sincos(self.width, self.base / self.table * row, self.base / self.table * column)
 
-    def _layers(self, train, text, image, c, angles):
-        """The image after all layers."""
-
-        def layers(name, first, length, dual, image_only, scan):
-            fields = self.heads, int(self.mlp_ratio * self.width), self.qk_norm, dual, image_only
+    def _layers(self, train, tap, streams, c, angles):
+        """The image's tokens after all layers and after layer `tap`."""
+        last, image_at_tap = self.depth - 1, None
+        for name, first, end, dual in (
+            ("dual_blocks", 0, self.dual, True),
+            ("blocks", self.dual, last, False),
+            ("", last, self.depth, False),
+        ):
+            if first == end:
+                continue
+            fields = self.heads, int(self.mlp_ratio * self.width), self.qk_norm, dual, first == last
             fields += self.dropout, self.attention, self.dtype, train
-            return stack(JointBlock, fields, length, name=name, first=first, scan=scan, remat=self.remat)
-
-        streams, last = (text, image), self.depth - 1
-        if self.dual:
-            streams, _ = layers("dual_blocks", 0, self.dual, True, False, self.scan)(streams, c, angles)
-        if self.dual < last:
-            streams, _ = layers("blocks", self.dual, last - self.dual, False, False, self.scan)(streams, c, angles)
-        (_, image), _ = layers("", last, 1, False, True, False)(streams, c, angles)
-        return image
+            here = tap - first if first < tap <= end else 0
+            how = {"name": name, "first": first, "scan": self.scan and first < last, "remat": self.remat, "tap": here}
+            streams, kept = stack(JointBlock, fields, end - first, **how)(streams, c, angles)
+            image_at_tap = kept[1] if here else image_at_tap
+        return streams[1], image_at_tap
 
     def _check(self, height: int, width: int):
         lookup(dict.fromkeys(POSITIONS), self.positions, "model.positions")
