@@ -164,3 +164,15 @@ def test_several_captions_through_the_doors(tmp_path):
         prepare.prepare("folder", tmp_path / door, tmp_path / f"{door}.out")
         section = {"name": "array_record", "path": str(tmp_path / f"{door}.out"), "text": {"name": "bytes", "length": 9}}
         assert arrays(section)["caption"] == ["a heart\nred heart", "one"]
+
+
+def test_a_tokenizer_learned_from_captions_encodes_anything(tmp_path, captioned):
+    from tools import train_tokenizer
+
+    assert train_tokenizer.captions(captioned["path"], "train") == ["x"] + SEVERAL.split("\n") * 7
+    model = train_tokenizer.learn(["red heart", "red cat"] * 9, 270)
+    model.save(str(tmp_path / "t.json"))
+    tokenizer = text.build({"name": "file", "path": str(tmp_path / "t.json"), "length": 12})
+    ids = tokenizer(["red heart", "é红?"])
+    assert model.decode([int(i) for i in ids[1] if i]).strip() == "é红?" and (ids[0] > 0).sum() < len("red heart")
+    assert model.token_to_id(train_tokenizer.PADDING) == 0 == tokenizer.pad

@@ -1,0 +1,71 @@
+"""Learn a byte-level BPE tokenizer from a data set's captions: any text can be encoded, and common words become one token.
+
+    python -m tools.train_tokenizer --path=data/emoji --out=data/emoji_tokenizer.json --vocab=2000
+
+Use it with data.text = {"name": "file", "path": "data/emoji_tokenizer.json", "length": ...}. Token 0 is padding. The command
+prints how many tokens the captions take, so that a length can be chosen.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+
+from flowjax.config import ConfigError
+
+_PATH = flags.DEFINE_string("path", None, "A data set made by tools.prepare_data, with captions.", required=True)
+_OUT = flags.DEFINE_string("out", None, "The file to write.", required=True)
+_VOCAB = flags.DEFINE_integer("vocab", 2000, "Tokens in all; at least 257: padding and every byte.", lower_bound=257)
+_SPLIT = flags.DEFINE_string("split", "train", "The split to learn from.")
+
+PADDING = "[PAD]"
+
+
+def captions(path: str, split: str) -> list[str]:
+    """Every caption of a split."""
+    import numpy as np
+
+    from flowjax.data import records
+
+    reader = records.Records(path, split)
+    if "caption" not in reader.manifest["features"]:
+        raise ConfigError(f"{path} has no captions")
+    return [c for text in reader.read(np.arange(len(reader)))["caption"] for c in text.split("\n")]
+
+
+def learn(texts: list[str], vocab: int):
+    """A tokenizers.Tokenizer: BPE over UTF-8 bytes, words with the space before them, PADDING as token 0."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("this needs the tokenizers library: pip install 'flowjax[text]'") from None
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        texts, tokenizers.trainers.BpeTrainer(vocab_size=vocab, special_tokens=[PADDING], initial_alphabet=alphabet, show_progress=False)
+    )
+    return model
+
+
+def main(argv):
+    if argv[1:]:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    try:
+        texts = captions(_PATH.value, _SPLIT.value)
+        model = learn(texts, _VOCAB.value)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    out = pathlib.Path(_OUT.value).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model.save(str(out))
+    lengths = sorted(len(e.ids) for e in model.encode_batch(texts))
+    print(
+        f"{out}: {model.get_vocab_size()} tokens; {len(texts)} captions take {lengths[len(lengths) // 2]} of them (median), "
+        f"{lengths[int(0.99 * (len(lengths) - 1))]} (99 %), {lengths[-1]} (longest)"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
