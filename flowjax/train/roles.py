@@ -79,8 +79,12 @@ class Role:
             variables = self.module.init(key, x, jnp.zeros(x.shape[:1], jnp.float32), cond)
         elif self.module.kind == "autoencoder":
             variables = self.module.init(key, x, key)
-        elif self.module.kind in ("discriminator", "perceptual"):
+        elif self.module.kind in ("discriminator", "perceptual", "image_encoder"):
             variables = self.module.init(key, x)
+        elif self.module.kind == "text_encoder":
+            variables = self.module.init(key, cond["tokens"])
+        elif self.module.kind == "two_tower":
+            variables = self.module.init(key, x, cond)
         else:
             t = jnp.zeros(x.shape[:1], jnp.float32) if self.module.time else None
             variables = self.module.init(key, x, t=t)
