@@ -14,6 +14,7 @@ from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
 from flowjax.models.text import TextTransformer
+from flowjax.models.two_tower import TwoTower
 from flowjax.models.unet import UNet
 from flowjax.models.vae import AutoencoderKL
 from flowjax.models.vit import ViT
@@ -29,6 +30,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "mmdit": MMDiT,
     "patch_gan": PatchGAN,
     "text": TextTransformer,
+    "two_tower": TwoTower,
     "unet": UNet,
     "vit": ViT,
 }
