@@ -10,6 +10,7 @@ from flowjax.config import ConfigError, check, lookup, split
 from flowjax.models.classifier import Classifier
 from flowjax.models.discriminator import PatchGAN
 from flowjax.models.dit import DiT
+from flowjax.models.flux import Flux
 from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
@@ -25,6 +26,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "autoencoder_kl": AutoencoderKL,
     "classifier": Classifier,
     "dit": DiT,
+    "flux": Flux,
     "lpips": LPIPS,
     "mlp": MLP,
     "mmdit": MMDiT,
