@@ -18,6 +18,7 @@ HEAD = {"layer": 2, "features": 5, "hidden": 7}
 NETS = {
     "dit": {"name": "dit", "depth": 3, "width": 16, "heads": 2, "num_classes": 4, "attention": "xla"},
 }
+NETS["jit"] = {**NETS["dit"], "name": "jit", "patch": 2, "context_from": 1, "class_tokens": 2, "bottleneck": 5}
 NETS["dit_in_context"] = {**NETS["dit"], "conditioning": "in_context"}
 X = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
 INPUTS = X, jnp.asarray([0.2, 0.7]), {"label": jnp.asarray([1, 3])}
@@ -71,7 +72,9 @@ def test_the_state_after_that_layer_is_read(name, scan, layer):
             keys = [k.key for k in path]
             if keys[0] == f"block_{i}":
                 return leaf * 1.3
-            return leaf.at[i].multiply(1.3) if keys[0] == "blocks" else leaf
+            first = {"blocks": 0, "context_blocks": 1}.get(keys[0])
+            here = first is not None and first <= i < first + len(leaf)
+            return leaf.at[i - first].multiply(1.3) if here else leaf
 
         other_y, other = apply(jax.tree_util.tree_map_with_path(moved, params))
         assert jnp.abs(other_y - y).max() > 1e-3
@@ -82,8 +85,10 @@ def test_the_state_after_that_layer_is_read(name, scan, layer):
 def test_scanned_equals_unrolled(name):
     _, params, apply = case(name)
     _, _, unrolled = case(name, scan=False)
-    flat = {k: v for k, v in params.items() if k != "blocks"}
-    flat |= {f"block_{i}": jax.tree.map(lambda v, i=i: v[i], params["blocks"]) for i in range(3)}
+    flat = {k: v for k, v in params.items() if "blocks" not in k}
+    stacked = [v for k, v in sorted(params.items()) if "blocks" in k]
+    layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+    flat |= {f"block_{i}": jax.tree.map(lambda v, i=i: v[i], layers) for i in range(3)}
     for ours, theirs in zip(apply(params), unrolled(flat), strict=True):
         close(ours, theirs, 1e-5)
 

@@ -11,6 +11,7 @@ from flowjax.models.classifier import Classifier
 from flowjax.models.discriminator import PatchGAN
 from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
+from flowjax.models.jit import JiT
 from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
@@ -27,6 +28,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "classifier": Classifier,
     "dit": DiT,
     "flux": Flux,
+    "jit": JiT,
     "lpips": LPIPS,
     "mlp": MLP,
     "mmdit": MMDiT,

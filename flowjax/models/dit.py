@@ -75,7 +75,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. x (B, N, D) in the compute dtype; c (B, D) float32; context (B, S, D) for cross-attention only."""
+    """One layer. x (B, N, D) in the compute dtype; c (B, D) float32; context (B, S, D) for cross-attention only.
+
+    drops: a bool, where only some layers of a stack have dropout.
+    """
 
     heads: int
     hidden: int
@@ -89,7 +92,7 @@ class Block(nn.Module):
     train: bool  # a field, so that nothing static crosses scan and remat
 
     @nn.compact
-    def __call__(self, x, c, context, angles):
+    def __call__(self, x, c, context, angles, drops=None):
         x = checkpoint_name(x, "block")
         adaptive, gated = self.conditioning in ("adaln_zero", "adaln"), self.conditioning == "adaln_zero"
 
@@ -100,7 +103,8 @@ class Block(nn.Module):
             h = norm(x, f"{name}_norm")
             h = h if shift is None else L.modulate(h, shift, scale)
             h = layer(name=name)(h.astype(self.dtype), **inputs)
-            h = nn.Dropout(self.dropout, name=f"{name}_dropout")(h, deterministic=not self.train)
+            dropped = nn.Dropout(self.dropout, name=f"{name}_dropout")(h, deterministic=not self.train)
+            h = dropped if drops is None else jnp.where(drops, dropped, h)
             h = h if gate is None else gate[:, None] * h
             return constrain((x + h).astype(self.dtype), "batch", "seq", "act")
 
