@@ -236,6 +236,10 @@ def main():
     from flowjax.train import runtime, settings
 
     runtime.setup()
+    if chip:  # a program compiled for a machine that is not here cannot be read back from a cache
+        import jax
+
+        jax.config.update("jax_enable_compilation_cache", False)
     config = settings.resolve(given.config)
     out = {"topology": given.topology, "slices": given.slices, "config": config}
     if given.search:
