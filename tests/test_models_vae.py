@@ -35,11 +35,13 @@ def encode(net, params, x):
 
 
 @pytest.mark.parametrize(
-    "name, number", [("kl_f8_z4", 83_653_863), ("kl_f8_z16", 83_819_683), ("kl_f8_z16_quant", 83_821_011)]
+    "name, number",
+    [("kl_f4_z3", 55_312_063), ("kl_f8_z4", 83_653_863), ("kl_f8_z16", 83_819_683), ("kl_f8_z16_quant", 83_821_011)],
 )
 def test_parameter_counts(name, number):
     net = AutoencoderKL(**AutoencoderKL.presets[name])
-    assert count(net, jnp.zeros((1, 64, 64, 3)), jax.random.key(0)) == number and net.factor == 8
+    assert count(net, jnp.zeros((1, 64, 64, 3)), jax.random.key(0)) == number and net.factor == int(name[4])
+    assert net.latent_channels == int(name.split("_")[2][1:])
 
 
 def test_default_is_the_quantless_f8_z4_layout():

@@ -135,6 +135,28 @@ def vae():
     return lambda theta: player.loss({"net": LinearAutoencoder(theta)}, batch, None)[0], optimum, optimum + CURVE
 
 
+def vae_gan():
+    """Both players at once, by stopping each one's gradient in the other's loss: an autoencoder that returns its images leaves
+    nothing to tell apart, and a discriminator that sees no difference leaves nothing to fool it with.
+    """
+    x = jnp.asarray([[-1.0], [0.2], [1.1]])
+    batch = {"x": x, "z": jnp.zeros_like(x), "step": 3}
+    bound = objectives.build({
+        "name": "vae_gan", "reconstruction": "l2", "kl_weight": 0.0, "sample": False, "adversarial": "nonsaturating",
+        "adaptive": False, "start": 3,
+    })  # fmt: skip
+
+    def loss(theta):
+        def nets(own):
+            decoder, critic = (theta[part] if part == own else jax.lax.stop_gradient(theta[part]) for part in (slice(2), slice(2, 4)))
+            net = types.SimpleNamespace(encode=lambda x: (x, jnp.zeros_like(x)), decode=lambda z: decoder[0] * z + decoder[1])
+            return {"net": net, "discriminator": lambda x: critic[0] * x + critic[1]}
+
+        return sum(player.loss(nets(part), batch, None)[0] for player, part in zip(bound.players, (slice(2), slice(2, 4))))
+
+    return loss, jnp.asarray([1.0, 0.0, 0.0, 0.0]), jnp.asarray([1.2, -0.2, 0.3, 0.2])
+
+
 class LogisticRegression:
     """Logits (0, w x + b)."""
 
@@ -168,6 +190,7 @@ CASES = {
     "consistency_training": consistency_training,
     "diffusion_dpo": diffusion_dpo,
     "vae": vae,
+    "vae_gan": vae_gan,
 }
 
 
@@ -189,14 +212,18 @@ def test_roles_are_declared_and_every_trained_role_has_a_player(name):
     trained = [role for role, kind in objective.roles.items() if kind == "trained"]
     assert sorted({p.role for p in objective.players}) == sorted(trained)
     for kind in objective.roles.values():
-        assert kind in ("trained", "frozen") or objective.roles[kind.removeprefix("ema:")] == "trained"
+        assert kind in ("trained", "frozen", "optional") or objective.roles[kind.removeprefix("ema:")] == "trained"
 
 
 def test_settings_reach_the_functions_that_name_them():
     bound = objectives.build({"name": "flow_matching", "weight": "snr", "label_drop": 0.25, "time": "cosmap"})
     assert bound.players[0].loss.keywords == {"weight": "snr"}
     assert bound.rollout.keywords == {"label_drop": 0.25, "time": "cosmap"}
-    assert objectives.build("vae").roles == {"net": "trained"}
+    assert objectives.build("vae").roles == {"net": "trained", "perceptual": "optional"}
+    bound = objectives.build({"name": "vae_gan", "adaptive": False, "start": 7, "kl_weight": 0.1})
+    assert bound.players[0].loss.keywords == {"adaptive": False, "start": 7, "kl_weight": 0.1}
+    assert bound.players[0].measure.keywords == {"adaptive": False}
+    assert bound.players[1].loss.keywords == {"start": 7} and bound.players[1].measure is None
 
 
 def test_settings_named_by_two_players_reach_both():

@@ -28,13 +28,13 @@ def one_step(sizes, **changes):
     """(state, gradients, metrics) after a step from random parameters (adaLN-zero's zeros would hide every mistake)."""
     run = Run(config(sizes, **changes), devices=jax.devices()[: np.prod(sizes)])
     start = run.fresh()
-    values = jax.tree.map(lambda v: 0.3 * np.asarray(v), randomise(jax.device_get(start.params["net"])))
+    values = jax.tree.map(lambda v: 0.3 * np.asarray(v), {k: randomise(jax.device_get(v), i) for i, (k, v) in enumerate(start.params.items())})
     # Copies: the step donates its state, and may not find one buffer in two places.
-    put = lambda like: jax.tree.map(lambda v, l: jnp.copy(jax.device_put(v, l.sharding)), values, like)  # noqa: E731
-    start = start.replace(params={"net": put(start.params["net"])}, ema={"ema": put(start.ema["ema"])})
+    put = lambda values, like: jax.tree.map(lambda v, l: jnp.copy(jax.device_put(v, l.sharding)), values, like)  # noqa: E731
+    start = start.replace(params=put(values, start.params), ema={"ema": put(values["net"], start.ema["ema"])})
     split = any(v.sharding.shard_shape(v.shape) != v.shape for v in jax.tree.leaves(start.params))
     state, metrics = run.step()(start, run.frozen, mesh_lib.place(next(run.pipeline), run.mesh))
-    gradients = jax.tree.map(lambda a, b: a - np.asarray(b), values, state.params["net"])
+    gradients = jax.tree.map(lambda a, b: a - np.asarray(b), values, jax.device_get(state.params))
     return jax.device_get(state), gradients, jax.device_get(metrics), split
 
 
@@ -42,13 +42,15 @@ def check(sizes, reference, **changes):
     state, gradients, metrics, split = one_step(sizes, **changes)
     want_state, want, want_metrics, _ = reference
     assert split == (sizes[1] * sizes[2] > 1), "parameters are split exactly when the mesh says so"
-    assert metrics.keys() == want_metrics.keys() and "loss" in metrics
+    assert metrics.keys() == want_metrics.keys() and {"loss", "net/loss"} & metrics.keys()
     for k in metrics.keys() - {"finite"}:
         np.testing.assert_allclose(metrics[k], want_metrics[k], rtol=2e-5, err_msg=k)
-    largest = max(np.abs(g).max() for g in jax.tree.leaves(want))
-    assert largest > 1e-3
-    for (path, a), b in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * largest, err_msg=jax.tree_util.keystr(path))
+    for role in want:
+        largest = max(np.abs(g).max() for g in jax.tree.leaves(want[role]))
+        assert largest > 1e-3
+        for (path, a), b in zip(jax.tree.leaves_with_path(gradients[role]), jax.tree.leaves(want[role]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * largest, err_msg=role + jax.tree_util.keystr(path))
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(want["net"]))
     for a, b in zip(jax.tree.leaves(state.ema), jax.tree.leaves(want_state.ema), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5 * largest)
 
@@ -92,6 +94,16 @@ def autoencoder(tmp_path_factory):
 def test_vae():
     changes = dict(model=VAE, objective={"name": "vae"})
     check((2, 2, 2), one_step(ONE, **changes), **changes)
+
+
+@pytest.mark.slow
+def test_vae_against_a_discriminator():
+    """Two players, and a weight between them that is made of norms over the whole batch."""
+    judge = {"discriminator": {"model": {"name": "patch_gan", "channels": 8, "layers": 1, "groups": 4}}}
+    changes = dict(model=VAE, objective={"name": "vae_gan", "start": 0, "adversarial_weight": 5.0}, roles=judge)
+    one = one_step(ONE, **changes)
+    assert 1e-2 < one[2]["net/adversarial_weight"] < 5e4  # neither nothing nor the bound
+    check((2, 2, 2), one, **changes)
 
 
 @pytest.mark.slow

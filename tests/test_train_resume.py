@@ -76,8 +76,16 @@ def two_players(teacher):
     )  # fmt: skip
 
 
+def vae_gan(teacher):
+    return dict(
+        data={"name": "digits"}, objective={"name": "vae_gan", "start": 2},
+        model={"name": "autoencoder_kl", "channels": 4, "multipliers": (1,), "layers": 1, "groups": 2, "image_channels": 1, "mid_attention": False},
+        roles={"discriminator": {"model": {"name": "patch_gan", "channels": 4, "layers": 1, "groups": 2}}},
+    )  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [one_role, consistency, two_players], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [one_role, consistency, two_players, vae_gan], ids=lambda f: f.__name__)
 def test_interrupted_equals_uninterrupted_and_not_weights_only(case, teacher, tmp_path):
     changes = dict(steps=6, log={"every": 2, "tensorboard": False, "progress": False}, checkpoint={"every": 2, "keep": 4}) | case(teacher)
     config = tiny(**changes)

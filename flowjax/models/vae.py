@@ -108,7 +108,9 @@ class AutoencoderKL(nn.Module):
     dtype: str = "float32"
 
     kind = "autoencoder"
+    last_layer = ("decoder", "conv_out", "kernel")  # where reconstruction and discriminator are weighed against each other
     presets = {
+        "kl_f4_z3": {"channels": 128, "multipliers": (1, 2, 4), "layers": 2, "latent_channels": 3, "quant_conv": True},
         "kl_f8_z4": {"channels": 128, "multipliers": (1, 2, 4, 4), "layers": 2, "latent_channels": 4, "quant_conv": True},
         "kl_f8_z16": {"channels": 128, "multipliers": (1, 2, 4, 4), "layers": 2, "latent_channels": 16, "quant_conv": False},
         "kl_f8_z16_quant": {"channels": 128, "multipliers": (1, 2, 4, 4), "layers": 2, "latent_channels": 16, "quant_conv": True},

@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "consistency_training": consistency.TRAINING,
     "diffusion_dpo": dpo.OBJECTIVE,
     "vae": vae.OBJECTIVE,
+    "vae_gan": vae.GAN,
     "classification": classification.OBJECTIVE,
 }
 
@@ -34,24 +35,24 @@ class BoundObjective(NamedTuple):
     roles: Mapping[str, str]
     players: tuple[Player, ...]
     rollout: Callable
+    kinds: Mapping[str, str] = {}
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
     """Fill settings into every function that names them; ConfigError when a key is named by none of them."""
-    functions = [p.loss for p in objective.players] + ([objective.rollout] if objective.rollout else [])
-    accepted = [config.arguments(fn, GIVEN) for fn in functions]
-    valid = {k: None for names in accepted for k in names}
+    functions = [fn for p in objective.players for fn in (p.loss, p.measure)] + [objective.rollout]
+    valid = {k: None for fn in functions if fn for k in config.arguments(fn, GIVEN)}
     for key in settings:
         if key not in valid:
             raise config.ConfigError(f"{where}.{key} is unknown; valid: {', '.join(valid)}")
 
-    def fill(fn, names):
+    def fill(fn):
+        names = config.arguments(fn, GIVEN)
         return functools.partial(fn, **config.check(fn, {k: v for k, v in settings.items() if k in names}, where, GIVEN))
 
-    filled = [fill(fn, names) for fn, names in zip(functions, accepted)]
-    players = tuple(p._replace(loss=fn) for p, fn in zip(objective.players, filled))
-    rollout = filled[-1] if objective.rollout else lambda nets, batch, key: batch
-    return BoundObjective(objective.roles, players, rollout)
+    players = tuple(p._replace(loss=fill(p.loss), measure=p.measure and fill(p.measure)) for p in objective.players)
+    rollout = fill(objective.rollout) if objective.rollout else lambda nets, batch, key: batch
+    return BoundObjective(objective.roles, players, rollout, objective.kinds)
 
 
 def build(section, where: str = "objective") -> BoundObjective:

@@ -13,19 +13,26 @@ GIVEN = ("nets", "batch", "key")
 
 
 class Player(NamedTuple):
-    """One trained role: `loss` is minimised over params[role] every `every` steps."""
+    """One trained role: `loss` is minimised over params[role] every `every` steps.
+
+    measure(nets, batch, key, **settings) -> tree is for losses that depend on a mean over the whole batch in another way than
+    linearly (a ratio of gradient norms): the loss finds that mean, taken over all slices and without gradient, in batch["measured"].
+    """
 
     role: str
     loss: Callable
     every: int = 1
+    measure: Callable | None = None
 
 
 class Objective(NamedTuple):
-    """roles: role -> "trained" | "frozen" | "ema:<role>"; players in the order of their updates."""
+    """roles: role -> "trained" | "frozen" | "optional" (frozen, where the run has it) | "ema:<role>"; players in the order of their
+    updates; kinds: what a role's network has to be, where the objective calls for something other than a denoiser."""
 
     roles: Mapping[str, str]
     players: tuple[Player, ...]
     rollout: Callable | None = None
+    kinds: Mapping[str, str] = {}
 
 
 def mean_dims(x):
