@@ -58,9 +58,6 @@ def build_roles(config, objective):
             wanted = objective.kinds.get(name, roles[name].module.kind)
             if roles[name].module.kind != wanted:
                 raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {wanted!r} as {name!r}")
-            wanted = objective.kinds.get(name, roles[name].module.kind)
-            if roles[name].module.kind != wanted:
-                raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {wanted!r} as {name!r}")
             if section.get("checkpoint"):
                 saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
                 _same_meaning(saved, roles[name], f"roles.{name}.checkpoint = {section['checkpoint']!r}")

@@ -79,8 +79,6 @@ class Role:
             variables = self.module.init(key, x, jnp.zeros(x.shape[:1], jnp.float32), cond)
         elif self.module.kind == "autoencoder":
             variables = self.module.init(key, x, key)
-        elif self.module.kind in ("discriminator", "perceptual"):
-            variables = self.module.init(key, x)
         elif self.module.kind in ("discriminator", "perceptual", "image_encoder"):
             variables = self.module.init(key, x)
         elif self.module.kind == "text_encoder":
