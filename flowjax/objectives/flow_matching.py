@@ -29,11 +29,20 @@ def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0):
 
 def loss(nets, batch, key, *, weight="none"):
     """Weighted regression; `weight` is a section of flowjax.weights. Metric `mse` is unweighted."""
-    net, x, z, t = nets["net"], batch["x"], batch["z"], batch["t"]
-    x_t = net.path.perturb(x, z, t)
-    y = predictions.target(net.path, net.prediction, x, z, t)
-    error = mean_dims(jnp.square(net(x_t, t, batch["cond"], key) - y))
-    omega = weights.loss_weight(weight, net.path, net.prediction, t)
+    net = nets["net"]
+    return regression(net, batch, net(noisy(net, batch), batch["t"], batch["cond"], key), weight)
+
+
+def noisy(net, batch):
+    """x_t of the batch, what the network is called with."""
+    return net.path.perturb(batch["x"], batch["z"], batch["t"])
+
+
+def regression(net, batch, output, weight):
+    """(loss, metrics) of the network's output at `noisy`."""
+    y = predictions.target(net.path, net.prediction, batch["x"], batch["z"], batch["t"])
+    error = mean_dims(jnp.square(output - y))
+    omega = weights.loss_weight(weight, net.path, net.prediction, batch["t"])
     return jnp.mean(omega * error), {"mse": jnp.mean(error)}
 
 
