@@ -18,6 +18,7 @@ from flowjax.models import layers as L
 from flowjax.models.attention import attention
 from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
+from flowjax.models.stack import stack
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -71,7 +72,7 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The carry is (x, x one layer earlier), both (B, N, D) in the compute dtype."""
+    """One layer; x (B, N, D) in the compute dtype."""
 
     heads: int
     hidden: int
@@ -82,8 +83,8 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, carry, mask):
-        x = before = checkpoint_name(carry[0], "block")
+    def __call__(self, x, mask):
+        x = checkpoint_name(x, "block")
 
         def branch(x, name, layer, *inputs):
             h = layer(L.LayerNorm(self.eps, True, self.dtype, name=f"{name}_norm")(x), *inputs)
@@ -93,7 +94,7 @@ class Block(nn.Module):
 
         mlp = L.SwiGLU(self.hidden, self.dtype, name="mlp") if self.mlp == "swiglu" else MLP(self.hidden, self.mlp, self.dtype, name="mlp")
         x = branch(x, "attn", Attention(self.heads, self.implementation, self.dtype, name="attn"), mask)
-        return (branch(x, "mlp", mlp), before), None
+        return branch(x, "mlp", mlp), None
 
 
 def transformer(
@@ -109,8 +110,9 @@ def transformer(
     dtype: str = "float32",
     remat: str = "none",
     attention: str = "auto",
-) -> tuple[jax.Array, jax.Array]:
-    """(last, last but one) hidden state of `depth` blocks over x (B, N, D), without the norm that follows them.
+    tap: int = 0,
+) -> tuple[jax.Array, jax.Array | None]:
+    """State after `depth` blocks over x (B, N, D), and after `tap` of them (None for 0), without the norm that follows.
 
     Called in the compact method of a network, whose parameter "blocks" then holds the layers. layerscale is the start of the
     learned scale of each branch, 0 for none.
@@ -119,17 +121,9 @@ def transformer(
     lookup(REMAT, remat, "model.remat")
     if x.shape[-1] % heads:
         raise ConfigError(f"model.heads = {heads} does not divide model.width = {x.shape[-1]}")
-    block = Block if remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[remat])
-    stacked = nn.scan(
-        block,
-        length=depth,
-        in_axes=nn.broadcast,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )(heads, hidden, mlp, eps, layerscale, attention, dtype, name="blocks")
     x = constrain(x.astype(dtype), "batch", "seq", "act")
-    return stacked((x, x), mask)[0]
+    fields = heads, hidden, mlp, eps, layerscale, attention, dtype
+    return stack(Block, fields, depth, remat=remat, tap=tap)(x, mask)
 
 
 def causal(length: int) -> jax.Array:

@@ -58,10 +58,10 @@ class TextTransformer(nn.Module):
             attention=self.attention,
         )
         sequence = constrain(L.LayerNorm(1e-5, True, name="norm")(h), "batch", "seq", "act")
-        return sequence, constrain(_mean(sequence, tokens != PADDING), "batch", "act")
+        return sequence, constrain(masked_mean(sequence, tokens != PADDING), "batch", "act")
 
 
-def _mean(sequence, keep):
+def masked_mean(sequence: jax.Array, keep: jax.Array) -> jax.Array:
     """Mean of sequence (B, L, D) over the tokens to keep (B, L), or over all of them where that is none."""
     keep = (keep | ~jnp.any(keep, axis=1, keepdims=True)).astype(sequence.dtype)
     return jnp.einsum("bld,bl->bd", sequence, keep) / jnp.sum(keep, axis=1, keepdims=True)

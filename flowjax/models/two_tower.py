@@ -74,17 +74,18 @@ class TwoTower(nn.Module):
 
     def embed_images(self, x: jax.Array) -> jax.Array:
         """Unit vectors (B, features) of x (B, H, W, C) in [-1, 1]."""
-        return _unit(self.image_projection(self.image_encoder(x)[1]))
+        return unit(self.image_projection(self.image_encoder(x)[1]))
 
     def embed_texts(self, tokens: jax.Array) -> jax.Array:
         """Unit vectors (B, features) of token ids (B, L)."""
-        return _unit(self.text_projection(self.text_encoder(tokens)[1]))
+        return unit(self.text_projection(self.text_encoder(tokens)[1]))
 
     def __call__(self, x: jax.Array, cond: Mapping) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(unit vectors of the images, of the captions, both (B, features), the factor that cosines are multiplied by ())."""
         return self.embed_images(x), self.embed_texts(cond["tokens"]), jnp.exp(bounded(self.log_scale))
 
 
-def _unit(v):
+def unit(v: jax.Array) -> jax.Array:
+    """v (B, D) divided by its length."""
     v = v * jax.lax.rsqrt(jnp.sum(jnp.square(v), axis=-1, keepdims=True) + 1e-12)
     return constrain(v, "batch", "act")
