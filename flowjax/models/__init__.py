@@ -9,12 +9,14 @@ import flax.linen as nn
 from flowjax.config import ConfigError, check, lookup, split
 from flowjax.models.classifier import Classifier
 from flowjax.models.discriminator import PatchGAN
+from flowjax.models.clip import CLIP, CLIPText, CLIPVision
 from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
 from flowjax.models.jit import JiT
 from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
+from flowjax.models.t5 import T5Encoder
 from flowjax.models.text import TextTransformer
 from flowjax.models.two_tower import TwoTower
 from flowjax.models.unet import UNet
@@ -26,6 +28,9 @@ from flowjax.predictions import Model
 MODELS: dict[str, type[nn.Module]] = {
     "autoencoder_kl": AutoencoderKL,
     "classifier": Classifier,
+    "clip": CLIP,
+    "clip_text": CLIPText,
+    "clip_vision": CLIPVision,
     "dit": DiT,
     "flux": Flux,
     "jit": JiT,
@@ -33,6 +38,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "mmdit": MMDiT,
     "patch_gan": PatchGAN,
+    "t5": T5Encoder,
     "text": TextTransformer,
     "two_tower": TwoTower,
     "unet": UNet,
