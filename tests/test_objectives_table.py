@@ -183,7 +183,29 @@ def classification():
     return loss, jnp.asarray([1.0, np.log(3)]), jnp.asarray([1.2, 0.8])
 
 
+class Table:
+    """logits[image, caption] = theta[kind of the image, caption], for images that hold their kind and captions of one token."""
+
+    def __init__(self, theta):
+        self.theta = theta
+
+    def __call__(self, x, cond):
+        return self.theta.reshape(2, 2)[x], jax.nn.one_hot(cond["tokens"][:, 0], 2, dtype=self.theta.dtype), 1.0
+
+
+def contrastive():
+    """The optimum is the pointwise mutual information log N(x, c) / (N(x) N(c)), up to a constant (CPC, 1807.03748 eq. 4)."""
+    together = np.array([[1, 2], [3, 1]])
+    kinds, captions = (np.repeat(v.ravel(), together.ravel()) for v in np.indices((2, 2)))
+    batch = {"x": jnp.asarray(kinds), "cond": {"tokens": jnp.asarray(captions)[:, None]}}
+    player = objectives.build("contrastive").players[0]
+    optimum = jnp.asarray(np.log(together / (together.sum(0) * together.sum(1, keepdims=True))).ravel())
+    way = jnp.asarray([0.3, -0.2, 0.1, -0.4])
+    return lambda theta: player.loss({"net": Table(theta)}, batch, None)[0], optimum, optimum + way
+
+
 CASES = {
+    "contrastive": contrastive,
     "classification": classification,
     "flow_matching": flow_matching,
     "consistency_distillation": consistency_distillation,

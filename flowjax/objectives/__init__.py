@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, dpo, flow_matching, vae
+from flowjax.objectives import classification, consistency, contrastive, dpo, flow_matching, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -26,6 +26,7 @@ OBJECTIVES: dict[str, Objective] = {
     "vae": vae.OBJECTIVE,
     "vae_gan": vae.GAN,
     "classification": classification.OBJECTIVE,
+    "contrastive": contrastive.OBJECTIVE,
 }
 
 
@@ -36,6 +37,7 @@ class BoundObjective(NamedTuple):
     players: tuple[Player, ...]
     rollout: Callable
     kinds: Mapping[str, str] = {}
+    whole: bool = False
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
@@ -52,7 +54,7 @@ def bind(objective: Objective, settings: Mapping, where: str = "objective") -> B
 
     players = tuple(p._replace(loss=fill(p.loss), measure=p.measure and fill(p.measure)) for p in objective.players)
     rollout = fill(objective.rollout) if objective.rollout else lambda nets, batch, key: batch
-    return BoundObjective(objective.roles, players, rollout, objective.kinds)
+    return BoundObjective(objective.roles, players, rollout, objective.kinds, objective.whole)
 
 
 def build(section, where: str = "objective") -> BoundObjective:

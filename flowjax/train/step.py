@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from flowjax import conditions
+from flowjax.config import ConfigError
 from flowjax.models import sharding
 from flowjax.objectives import BoundObjective
 from flowjax.train import ema as ema_lib
@@ -134,6 +135,8 @@ def make_step(
     loss or gradients are not finite leaves the whole state as it was and raises the flag metrics["finite"][role], a bool per
     parameter leaf (in tree order; the last entry is the loss), so that the loop can name the culprits without blocking.
     """
+    if objective.whole and accumulate > 1:
+        raise ConfigError(f"accumulate = {accumulate}: this objective compares the rows of a batch with each other, so it cannot be sliced; use 1")
     every = {p.role: (every or {}).get(p.role, p.every) for p in objective.players}
 
     def update(player, state, frozen, batch, key):
