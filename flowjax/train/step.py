@@ -57,9 +57,13 @@ def nets_of(objective: BoundObjective, roles: Mapping[str, Role], params, ema, f
 
 
 def encode(nets, batch):
-    """Images -> latents and tokens -> embeddings, where a frozen autoencoder or text encoder takes part."""
+    """Images -> latents and tokens -> embeddings, where a frozen autoencoder or text encoder takes part.
+
+    The images stay as batch["image"] where a frozen image encoder takes part as well.
+    """
     if "vae" in nets:
-        batch = {k: nets["vae"].encode(v) if k in ("x", "win", "lose") else v for k, v in batch.items()}
+        pixels = {"image": batch["x"]} if "encoder" in nets else {}
+        batch = {k: nets["vae"].encode(v) if k in ("x", "win", "lose") else v for k, v in batch.items()} | pixels
     if "text" in nets:
         batch = {**batch, "cond": conditions.embed(nets["text"], batch["cond"])}
     return batch
