@@ -74,9 +74,9 @@ def golden(name: str, **arrays) -> dict[str, np.ndarray]:
     return stored
 
 
-def check_sharded(net, *inputs):
-    """Outputs and every gradient agree on one device and on 2 x 2 x 2 (data, fsdp, tensor), with random parameters."""
-    mesh = jax.make_mesh((2, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+def check_sharded(net, *inputs, sizes=(2, 2, 2, 1)):
+    """Outputs and every gradient agree on one device and on `sizes` (data, fsdp, tensor, context), with random parameters."""
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4)
     boxed = jax.eval_shape(net.init, jax.random.key(0), *inputs)["params"]
     params = randomise(meta.unbox(boxed))
     placed = jax.device_put(params, sharding.param_specs(boxed, mesh))

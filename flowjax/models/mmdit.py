@@ -7,7 +7,6 @@ predict z - x, which is our "velocity"; their time step is 1000 t.
 Padding of the text is a token like any other (no mask), as in SD3: a network sees the length of text it was trained with.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -25,6 +24,7 @@ from flowjax.models.dit import EPS, Attention, Head, modulation, patchify, unpat
 from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
+from flowjax.models.text import TextTransformer
 
 POSITIONS = ("cropped", "table", "rope")
 TEXT = ("tokens", "text", "pooled")  # the conditions that null empties
@@ -173,7 +173,7 @@ class MMDiT(nn.Module):
         whose coordinates run from 0 to `base`, so that images of every size and aspect share their centre (SD3; `table` is
         the largest side in patches).   "table": that table as a parameter without gradient, for published weights, which
         bring their own.   "rope": rotary in (row, column) from the upper left corner, as FLUX, any size.
-      text_encoder: fields of a `flowjax.models.text.TextTransformer` that is trained along (parameters "encoder") and fed with
+      text_encoder: fields of a `flowjax.models.text.TextTransformer`, which is trained along (parameters "encoder") and fed with
         cond["tokens"]; None for embedded text, cond["text"] and cond["pooled"].
       out_channels: 0 for as many as the input has.   dropout: on the output of each branch, when train.
       time_scale: of the timestep embedding.
@@ -251,11 +251,9 @@ class MMDiT(nn.Module):
         """(sequence (B, S, any size), pooled (B, any size))."""
         if self.text_encoder is None:
             return need(cond, "text", "an MMDiT without a text_encoder"), need(cond, "pooled", "an MMDiT without a text_encoder")
-        from flowjax.models.text import TextTransformer
-
-        fields = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention, **self.text_encoder}
-        encoder = TextTransformer(**check(TextTransformer, fields, "model.text_encoder", given=("parent", "name")), name="encoder")
-        return encoder(need(cond, "tokens", "an MMDiT with a text_encoder"))
+        fields = check(TextTransformer, self.text_encoder, "model.text_encoder", given=("parent", "name"))
+        fields = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention, **fields}
+        return TextTransformer(**fields, name="encoder")(need(cond, "tokens", "an MMDiT with a text_encoder"))
 
     def _places(self, rows: int, columns: int) -> jax.Array:
         """Position vectors (rows * columns, width) float32: the middle of the table."""
