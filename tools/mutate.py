@@ -48,6 +48,7 @@ TESTS = {
     "flowjax/objectives/base.py": ["test_objectives_flow_matching", "test_objectives_table"],
     "flowjax/objectives/classification.py": ["test_objectives_classification", "test_objectives_table"],
     "flowjax/objectives/consistency.py": ["test_objectives_consistency", "test_objectives_table"],
+    "flowjax/objectives/contrastive.py": ["test_objectives_contrastive", "test_objectives_table"],
     "flowjax/objectives/dpo.py": ["test_objectives_dpo", "test_objectives_table"],
     "flowjax/objectives/flow_matching.py": ["test_objectives_flow_matching", "test_objectives_table"],
     "flowjax/objectives/vae.py": ["test_objectives_vae", "test_objectives_table"],
