@@ -47,6 +47,23 @@ def flow_matching():
     return loss, jnp.zeros(3), CURVE
 
 
+def repa():
+    """Flow matching's optimum together with a projection along the encoder's features."""
+    x, z, weights = quadrature.mixture_and_noise(LINE)
+    player = objectives.build({"name": "repa", "weight": "x", "align": 2.0}).players[0]
+    features = jnp.broadcast_to(jnp.asarray([0.6, 0.8]), (len(x), 1, 1, 2))
+
+    def loss(theta):
+        net = near(LINE.model(RF), theta[:3])
+        angle = jnp.arctan2(0.8, 0.6) + theta[3]
+        guess = jnp.broadcast_to(3 * jnp.stack([jnp.cos(angle), jnp.sin(angle)]), features.shape)
+        nets = {"net": net.replace(project=lambda x_t, t, cond, key: (net.apply(x_t, t, cond, key), guess))}
+        batch = {"x": x, "z": z, "t": jnp.full(len(x), 0.3), "cond": {}, "features": features}
+        return quadrature.expected(lambda b: player.loss(nets, b, None), batch, weights)
+
+    return loss, jnp.zeros(4), jnp.asarray([0.1, -0.2, 0.3, 0.4])
+
+
 def consistency(name, factors):
     """Data N(0, 1/4), N = 4 steps: the optimum is linear, f(x, t_i) = c_i x with c_i the product of the solver's factors."""
     n = 4
@@ -204,10 +221,33 @@ def contrastive():
     return lambda theta: player.loss({"net": Table(theta)}, batch, None)[0], optimum, optimum + way
 
 
+def mae():
+    """One guess for all hidden patches: their mean. Patches (0, 0, 0, 4000) are (-1, -1, -1, 3) / 2 when normalised, and so on."""
+    order = jnp.asarray([[0, 1, 2], [2, 0, 1]])
+    spike = lambda place: 4000.0 * jax.nn.one_hot(place, 4).reshape(2, 2)  # noqa: E731
+    # Hidden: spikes at 3 and 0 in the first image (patches 1, 2), at 0 and 1 in the second (patches 0, 1).
+    x = jnp.stack([jnp.concatenate([spike(k) for k in places], axis=1) for places in ((2, 3, 0), (0, 1, 2))])[..., None]
+    player = objectives.build({"name": "mae", "mask_ratio": 0.6}).players[0]
+
+    class Same:
+        module = types.SimpleNamespace(patch=2)
+
+        def __init__(self, theta):
+            self.theta = theta
+
+        def __call__(self, x, order, seen):
+            return jnp.broadcast_to(self.theta, (2, 3, 4))
+
+    optimum = jnp.asarray([0.5, 0.0, -0.5, 0.0])  # 2 of 4 spikes at 0, one at 1, none at 2, one at 3
+    return lambda theta: player.loss({"net": Same(theta)}, {"x": x, "order": order}, None)[0], optimum, optimum + 0.2
+
+
 CASES = {
     "contrastive": contrastive,
     "classification": classification,
     "flow_matching": flow_matching,
+    "repa": repa,
+    "mae": mae,
     "consistency_distillation": consistency_distillation,
     "consistency_training": consistency_training,
     "diffusion_dpo": diffusion_dpo,

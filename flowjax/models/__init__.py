@@ -13,6 +13,7 @@ from flowjax.models.clip import CLIP, CLIPText, CLIPVision
 from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
 from flowjax.models.jit import JiT
+from flowjax.models.mae import MAE
 from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
@@ -35,6 +36,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "flux": Flux,
     "jit": JiT,
     "lpips": LPIPS,
+    "mae": MAE,
     "mlp": MLP,
     "mmdit": MMDiT,
     "patch_gan": PatchGAN,

@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, contrastive, dpo, flow_matching, vae
+from flowjax.objectives import classification, consistency, contrastive, dpo, flow_matching, mae, repa, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
     "flow_matching": flow_matching.OBJECTIVE,
+    "repa": repa.OBJECTIVE,
+    "mae": mae.OBJECTIVE,
     "consistency_distillation": consistency.DISTILLATION,
     "consistency_training": consistency.TRAINING,
     "diffusion_dpo": dpo.OBJECTIVE,
