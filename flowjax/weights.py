@@ -59,9 +59,9 @@ def sigmoid(path, t, bias: float = 0.0):
     return 2 * scale * path.wronskian(t) * a * b / (a**2 + scale * b**2)
 
 
-def velocity(path, t):
-    """w_x = (W / b)^2: 1 on the velocity."""
-    return path.wronskian(t) ** 2
+def velocity(path, t, floor: float = 0.0):
+    """w_x = (W / max(b, floor))^2: 1 on the velocity. JiT (2511.13720), which predicts x, bounds it by floor = 0.05."""
+    return path.wronskian(t) ** 2 * (jnp.minimum(path.b(t) / floor, 1.0) ** 2 if floor else 1.0)
 
 
 WEIGHTS = {

@@ -80,6 +80,15 @@ def test_each_weight_is_one_on_its_own_prediction(path):
         np.testing.assert_allclose(loss_weight("snr_plus_one", path, "v", T), ones, rtol=1e-9)
 
 
+def test_velocity_weight_of_jit():
+    """1 / max(t, 0.05)^2 on x for the straight path, hence t^2 / max(t, 0.05)^2 on the velocity; in units of the noise elsewhere."""
+    t, section = np.array([0.01, 0.05, 0.1, 0.9]), {"name": "velocity", "floor": 0.05}
+    np.testing.assert_allclose(loss_weight(section, paths.rectified(), "x", t), [400, 400, 100, 1 / 0.81], rtol=1e-9)
+    np.testing.assert_allclose(loss_weight(section, paths.rectified(), "velocity", t), [0.04, 1, 1, 1], rtol=1e-9)
+    edm = paths.edm()
+    np.testing.assert_allclose(loss_weight({"name": "velocity", "floor": 8.0}, edm, "x", t), np.array([100, 100, 100, 1 / 0.81]), rtol=1e-9)
+
+
 def test_edm_weight_at_sigma_data():
     path = paths.edm()
     t = path.time_of_sigma(0.5)
