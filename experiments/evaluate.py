@@ -56,7 +56,8 @@ def measure_samples(role, params, info, section, checkpoint):
     x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
 
     def real(split):
-        part = arrays(info["config"]["data"], split)
+        # Samples are compared with images, not with latents made of them.
+        part = arrays(info["data"].get("latents", {}).get("section", info["config"]["data"]), split)
         return {"x": part["x"], "label": part["cond"].get("label", np.zeros(len(part["x"]), np.int32))}
 
     results = evaluate(

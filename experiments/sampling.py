@@ -1,11 +1,11 @@
 """Flags shared by the binaries that sample, and what they select. What is not given comes from the run's config."""
 
-import ast
 import pathlib
 
 import numpy as np
 from absl import flags
 
+from experiments.shell import section
 from flowjax.config import ConfigError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An export, or the workdir of a run.", required=True)
@@ -24,16 +24,6 @@ GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale of classifier-free guidanc
 BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
 SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "steps", "sampler", "grid", "guidance", "count", "seed")
 EACH = 4  # samples of each prompt
-
-
-def section(text: str, flag: str):
-    """A name or a Python literal of a config section."""
-    if not text.startswith("{"):
-        return text
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
-        raise ConfigError(f"--{flag}={text} is neither a name nor a section like {{'name': ...}}: {error}") from None
 
 
 def guidance(text: str):

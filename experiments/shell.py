@@ -1,10 +1,21 @@
-"""What every binary does around its work: refuse stray words, turn a ConfigError into one plain message."""
+"""What every binary does around its work: read sections, refuse stray words, turn a ConfigError into one plain message."""
 
+import ast
 import sys
 
 from absl import app
 
 from flowjax.config import ConfigError
+
+
+def section(text: str, flag: str):
+    """A name or a Python literal of a config section."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(f"--{flag}={text} is neither a name nor a section like {{'name': ...}}: {error}") from None
 
 
 def run(main):

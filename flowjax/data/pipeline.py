@@ -121,8 +121,9 @@ class _Part:
         pad, resize, flip = self.common.pad, self.common.resize, self.common.flip
         if pad < 0 or resize < 0:
             raise ConfigError(f"data.pad = {pad} and data.resize = {resize} must be sizes in pixels, or 0")
-        if (pad or resize or flip) and len(shape) != 3:
-            raise ConfigError(f"data.pad, resize and flip are for images; {name} has shape {tuple(shape)}")
+        if (pad or resize or flip) and (len(shape) != 3 or "latents" in self.manifest):
+            what = "holds latents" if "latents" in self.manifest else f"has shape {tuple(shape)}"
+            raise ConfigError(f"data.pad, resize and flip are for images; {name} {what}")
         if resize:
             if dtype != "uint8":
                 raise ConfigError(f"data.resize is for uint8 images; {name} holds {dtype}")
@@ -136,7 +137,10 @@ class _Part:
         return tuple(shape)
 
     def _load(self, indices) -> dict[str, np.ndarray]:
-        columns = self.source.read(indices)
+        return self.transformed(self.source.read(indices), indices)
+
+    def transformed(self, columns, indices) -> dict[str, np.ndarray]:
+        """What a batch is made of, from the columns of the rows `indices` as the source reads them."""
         out = {}
         for key in columns.keys() & _PIXELS.keys():
             values = columns[key]
@@ -384,6 +388,28 @@ def declared(section: Mapping[str, Any] | str) -> Declared:
     conditions = ({"label": ()} if classes else {}) | _shapes(promised.expect_cond)
     manifest = {"name": name, "shape": list(shape), "num_classes": classes, "declared": True}
     return Declared(shape, classes, conditions, manifest)
+
+
+def ordered(section: Mapping[str, Any] | str, split: str, batch: int):
+    """(manifest, iterator) over every example of a split once, in order, without flips: (rows, x, other columns) of up to `batch`.
+
+    x is float32 (n, ...) as in a batch; the other columns (labels, captions, embeddings) are as they are stored.
+    """
+    parts, _ = _parts(section, split)
+    if len(parts) > 1 or parts[0].source.endless:
+        raise ConfigError("data: one finite data set is needed, not a mixture or endless data")
+    (part,) = parts
+
+    def batches():
+        for start in range(0, len(part.source), batch):
+            rows = np.arange(start, min(start + batch, len(part.source)))
+            columns = part.source.read(rows)
+            x = _finish(part.transformed(columns, rows)).get("x")
+            if x is None:
+                raise ConfigError(f"{part.manifest['name']} holds preference pairs, not examples")
+            yield rows, x, {k: v for k, v in columns.items() if k not in _PIXELS}
+
+    return part.manifest, batches()
 
 
 def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def array_record(split: str, path: str) -> Source:
     manifest = kept | place | {"columns": list(whole["features"])}
     if stored := {k: whole["features"][k]["shape"] for k in ("text", "pooled") if k in whole["features"]}:
         manifest["embeddings"] = stored
+    if latents := whole["source"].get("latents"):  # written by flowjax.data.latents
+        manifest["latents"] = latents
     return Source(manifest, reader.read)
 
 

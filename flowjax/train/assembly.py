@@ -107,6 +107,7 @@ class Run:
         self.roles, self.loaded = build_roles(config, self.objective)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
+        self.encoded = self._encoded()
         self.averages = {k: ema.build(v, f"ema.{k}") for k, v in config["ema"].items()}
         kept = {k: ema.snapshots(v, f"ema.{k}") for k, v in config["ema"].items()}
         self.snapshots = {k: v for k, v in kept.items() if v}
@@ -149,10 +150,23 @@ class Run:
             name = self.config["model"]["name"]
             raise ConfigError(f"the data has {', '.join(sorted(idle - read))} (data.text, or embeddings), but model {name!r} does not use them")
 
+    def _encoded(self) -> bool:
+        """Whether the data are latents already (flowjax.data.latents): then roles.vae only decodes, and must be who made them."""
+        manifest = self.pipeline.manifest
+        makers = {part.get("latents", {}).get("vae") for part in manifest.get("parts", [manifest])}
+        if makers == {None}:
+            return False
+        if "vae" in self.roles and makers != {mine := export.identity(*self.loaded["vae"])}:
+            raise ConfigError(
+                f"the data hold latents of another autoencoder ({', '.join(map(str, makers))}) than roles.vae ({mine}): encode them "
+                "again with tools.encode_latents"
+            )
+        return True
+
     def _example(self):
         """One example as the network sees it: (x (1, ...), cond)."""
         shape = tuple(self.pipeline.shape)
-        if "vae" in self.roles:
+        if "vae" in self.roles and not self.encoded:
             codec = self.roles["vae"].net(self.loaded["vae"][0])
             shape = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1:]
         cond = conditions.zeros(self.pipeline.conditions, 1)
@@ -205,7 +219,8 @@ class Run:
         self.target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
         here = {*self.mesh.devices.flat} <= {*jax.devices()}
         put = lambda v: jax.device_put(v, replicated) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated)  # noqa: E731
-        self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in self.trained}
+        absent = {*self.trained} | ({"vae"} if self.encoded else set())
+        self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in absent}
 
     def fresh(self):
         """The state at step 0, created straight into its shards; roles with a checkpoint start from it."""

@@ -7,6 +7,7 @@
     export/tokenizer.json     the tokenizer's file, where captions are tokenised by one
 """
 
+import hashlib
 import json
 
 import jax
@@ -147,6 +148,12 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
         (files.path(out) / "tokenizer.json").write_bytes(file.read_bytes())
     write(out, params, info)
     return info
+
+
+def identity(params, info) -> str:
+    """A hash of an autoencoder as a codec: its network's settings, its weights, and the statistics of its latents."""
+    content = {"model": info["model"], "weights": ck.fingerprints(params), "latents": info.get("latents")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure_latents(role, params, batches):
