@@ -1,8 +1,8 @@
 """Learn a byte-level BPE tokenizer from a data set's captions: any text can be encoded, and common words become one token.
 
-    python -m tools.train_tokenizer --path=data/emoji --out=data/emoji_tokenizer.json --vocab=2000
+    python -m tools.train_tokenizer --path=data/emoji --vocab=2000
 
-Use it with data.text = {"name": "file", "path": "data/emoji_tokenizer.json", "length": ...}. Token 0 is padding. The command
+Use it with data.text = {"name": "file", "path": "data/emoji/tokenizer.json", "length": ...}. Token 0 is padding. The command
 prints how many tokens the captions take, so that a length can be chosen.
 """
 
@@ -14,7 +14,7 @@ from absl import app, flags
 from flowjax.config import ConfigError
 
 _PATH = flags.DEFINE_string("path", None, "A data set made by tools.prepare_data, with captions.", required=True)
-_OUT = flags.DEFINE_string("out", None, "The file to write.", required=True)
+_OUT = flags.DEFINE_string("out", "", "The file to write; by default tokenizer.json beside the data.")
 _VOCAB = flags.DEFINE_integer("vocab", 2000, "Tokens in all; at least 257: padding and every byte.", lower_bound=257)
 _SPLIT = flags.DEFINE_string("split", "train", "The split to learn from.")
 
@@ -57,7 +57,7 @@ def main(argv):
         model = learn(texts, _VOCAB.value)
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    out = pathlib.Path(_OUT.value).expanduser()
+    out = pathlib.Path(_OUT.value or f"{_PATH.value}/tokenizer.json").expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     model.save(str(out))
     lengths = sorted(len(e.ids) for e in model.encode_batch(texts))
