@@ -10,7 +10,7 @@ import pytest
 from flax import traverse_util
 from flax.core import meta
 
-from flowjax import models
+from flowjax import conditions, models
 from flowjax.config import ConfigError
 from flowjax.data.pipeline import declared
 from flowjax.models import sharding
@@ -22,6 +22,7 @@ from tools import plan
 from train_runs import DIT, tiny
 
 PAPERS = ("imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512")
+TEXT_TO_IMAGE = {"t2i_sd3_2b": 2_028_328_000, "t2i_sd35_8b": 8_056_627_520, "t2i_flux_12b": 11_891_178_560}
 
 
 def config_of(name, arg=None):
@@ -98,7 +99,7 @@ def test_chips_by_their_kinds(kind, name):
 # --- configs of paper scale
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", [*PAPERS, *TEXT_TO_IMAGE])
 def test_layout_of_paper_scale_parameters(name):
     """Every parameter's layout on the mesh of its config over 256 devices, as text: a change shows in a diff.
 
@@ -110,9 +111,9 @@ def test_layout_of_paper_scale_parameters(name):
     sizes = {**config["mesh"]}
     sizes["data"] = 256 // (sizes["fsdp"] * sizes["tensor"] * sizes["context"])
     mesh = jax.sharding.AbstractMesh(tuple(sizes[a] for a in mesh_lib.AXES), mesh_lib.AXES)
-    module = models.build(config["model"], "model")
-    x = jnp.zeros((1, *config["data"]["expect_shape"]))
-    boxed = jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros(1), {"label": jnp.zeros(1, int)})["params"]
+    module, data = models.build(config["model"], "model"), declared(config["data"])
+    x = jnp.zeros((1, *data.shape))
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x, jnp.zeros(1), conditions.zeros(data.conditions, 1))["params"]
     places = traverse_util.flatten_dict(sharding.param_specs(boxed, mesh), sep="/")
     shapes = traverse_util.flatten_dict(meta.unbox(boxed), sep="/")
     lines = [f"{name}: {' x '.join(f'{k} {v}' for k, v in mesh.shape.items())}"]
@@ -121,6 +122,7 @@ def test_layout_of_paper_scale_parameters(name):
     total = sum(v.size for v in shapes.values())
     lines.append(f"parameters {total:,}, of which replicated {replicated:,}")
     assert replicated < 0.002 * total, "fsdp is meant to split what is large"
+    assert total == TEXT_TO_IMAGE.get(name, total)
     path = pathlib.Path(GOLDEN) / f"layout_{name}.txt"
     if os.environ.get("FLOWJAX_WRITE_GOLDEN"):
         path.write_text("\n".join(lines) + "\n")
