@@ -77,6 +77,7 @@ def check_workdir(workdir, drawn=True):
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512"}
+    mine |= {*T2I}
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -123,6 +124,21 @@ def test_imagenet(shell, latents, name):
         return
     said = shell("experiments.train", f"--config={ROOT}/configs/{name}.py:{latents}", "--config.mesh.fsdp=1", "--workdir=other", code=2)
     assert "examples of shape (8, 8, 4), but data.expect_shape = " in said and not (shell.home / "other").exists()
+
+
+T2I = ("t2i_sd3_2b", "t2i_sd35_8b", "t2i_flux_12b")
+
+
+@pytest.mark.parametrize("name", T2I)
+def test_text_to_image_on_embeddings(shell, name):
+    if not (path := shell.home / "embedded").exists():
+        rng = np.random.default_rng(0)
+        shapes = {"x": (8, 8, 4), "text": (6, 12), "pooled": (10,)}
+        draw = lambda: {k: rng.standard_normal(v).astype(np.float16) for k, v in shapes.items()}  # noqa: E731
+        rows = (("train" if i % 3 else "test", f"row {i}", draw()) for i in range(24))
+        records.write(path, rows, name="embedded")
+    shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke:{path}", f"--workdir={name}")
+    check_workdir(shell.home / name, drawn=False)
 
 
 def test_plan(shell):
