@@ -26,7 +26,7 @@ def float64():
 
 
 # The longest files, longest first: a worker that starts one of them last keeps the others waiting.
-LONGEST = ("smoke", "train_processes", "sharding", "train_parallel", "train_config", "models_unet", "models_dit", "samplers", "train_checkpoint")
+LONGEST = ("smoke", "smoke_text", "train_processes", "sharding", "train_parallel", "train_config", "models_unet", "models_dit", "samplers", "train_checkpoint")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,17 +1,12 @@
 """Every config through the real binaries for a few steps: train, resume, sample, evaluate, export, sample from the export."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from binaries import ROOT, check_workdir, rows, shell_in
 from flowjax.data import records
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.slow
 
@@ -19,18 +14,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory):
     """run(module, *flags) in a directory of its own, on one CPU device."""
-    home = tmp_path_factory.mktemp("smoke")
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "FLOWJAX_DATA": str(home / "data"), "PYTHONPATH": str(ROOT)}
-
-    def run(module, *flags, code=0):
-        done = subprocess.run(
-            [sys.executable, "-m", module, *flags], cwd=home, env=env, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == code, f"{module} {' '.join(flags)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        return done.stdout + done.stderr
-
-    run.home = home
-    return run
+    return shell_in(tmp_path_factory.mktemp("smoke"))
 
 
 @pytest.fixture(scope="module")
@@ -62,22 +46,10 @@ def vae(shell, mnist_like):
     return shell.home / "vae" / "export"
 
 
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def check_workdir(workdir, drawn=True):
-    for name in ("config.json", "card.txt", "card.json", "metrics.jsonl", "curves.png", "checkpoints", "tensorboard"):
-        assert (workdir / name).exists(), name
-    losses = [row["loss"] for row in rows(workdir) if "loss" in row]
-    assert len(losses) == 4 and all(isinstance(v, float) for v in losses)
-    assert bool(list((workdir / "samples").glob("*.png"))) == drawn
-
-
 def test_every_config_is_tested_here():
-    mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent"}
-    mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512"}
-    mine |= {*T2I}
+    mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
+    mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
+    mine |= {*T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -116,14 +88,14 @@ def latents(shell):
     return shell.home / "latents"
 
 
-@pytest.mark.parametrize("name", ["imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512"])
+@pytest.mark.parametrize("name", ["imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16"])
 def test_imagenet(shell, latents, name):
     shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke:{latents}", f"--workdir={name}")
     check_workdir(shell.home / name, drawn=False)  # latents alone are no picture
     if name != "imagenet_dit_xl2":
         return
     said = shell("experiments.train", f"--config={ROOT}/configs/{name}.py:{latents}", "--config.mesh.fsdp=1", "--workdir=other", code=2)
-    assert "examples of shape (8, 8, 4), but data.expect_shape = " in said and not (shell.home / "other").exists()
+    assert "shape of the examples: (8, 8, 4), but data.expect_shape = " in said and not (shell.home / "other").exists()
 
 
 T2I = ("t2i_sd3_2b", "t2i_sd35_8b", "t2i_flux_12b")
@@ -207,6 +179,80 @@ def test_mnist_latents(shell, mnist_like, vae):
     assert (shell.home / "latent_alone/vae/config.json").exists()
     shell("experiments.sample", "--checkpoint=latent_alone", "--out=latent_samples", "--count=4")
     assert np.load(shell.home / "latent_samples/samples.npz")["x"].shape == (4, 32, 32, 1)
+
+
+def test_mnist_jit(shell, mnist_like):
+    shell("experiments.train", f"--config={ROOT}/configs/mnist_jit.py:smoke:{mnist_like}", "--workdir=jit")
+    check_workdir(shell.home / "jit")
+
+
+def test_digits_repa(shell, digits):
+    mae = ("experiments.train", f"--config={ROOT}/configs/digits_mae.py:smoke", "--workdir=mae")
+    repa = ("experiments.train", f"--config={ROOT}/configs/digits_repa.py:smoke", "--workdir=repa", "--config.roles.encoder.checkpoint=mae")
+    shell(*mae)
+    check_workdir(shell.home / "mae", drawn=False)
+    shell(*repa)
+    check_workdir(shell.home / "repa")
+    cosines = [row["alignment"] for row in rows(shell.home / "repa") if "alignment" in row]
+    assert [c != 0 for c in cosines] == [True, True, False, False]  # objective.stop = 2
+    shell("experiments.sample", "--checkpoint=repa", "--out=repa/out", "--count=4")
+    plain = ("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=bad", "--config.objective={'name': 'repa'}")
+    said = shell(*plain, "--config.roles={'encoder': {'checkpoint': 'mae'}}", code=2)
+    assert "needs model.projector" in said and "Traceback" not in said
+    said = shell(*repa[:2], "--workdir=bad", "--config.roles.encoder.checkpoint=digits", code=2)
+    assert "image_encoder" in said and "Traceback" not in said
+
+
+def test_latents_align_with_the_pixels(shell, mnist_like, vae):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_mae.py:smoke", "--workdir=eyes", "--config.model.encoder.patch=8",
+        f"--config.data={{'name': 'array_record', 'path': '{mnist_like}', 'pad': 32}}", "--config.batch_size=8",
+    )  # fmt: skip
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/mnist_latent.py:smoke:{mnist_like}", "--workdir=aligned",
+        f"--config.roles={{'vae': {{'checkpoint': '{vae}'}}, 'encoder': {{'checkpoint': 'eyes'}}}}", "--config.objective={'name': 'repa'}",
+        "--config.model={'name': 'dit', 'depth': 2, 'width': 32, 'heads': 2, 'num_classes': 10, 'projector': {'layer': 1, 'features': 24}}",
+    )  # fmt: skip
+    check_workdir(shell.home / "aligned")
+
+
+def test_emoji_latents(shell):
+    """An autoencoder of small pictures with captions, trained against a discriminator; its latents made once; a run on those."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (shell.home / "emoji").mkdir()
+    with open(shell.home / "emoji/captions.jsonl", "w") as listing:
+        for i in range(24):
+            Image.fromarray(rng.integers(0, 256, (20, 16, 4), np.uint8)).save(shell.home / f"emoji/{i}.png")
+            listing.write(json.dumps({"file": f"{i}.png", "caption": f"picture {i}"}) + "\n")
+    shell("tools.prepare_data", "--door=folder", "--path=emoji", "--out=emoji_data", "--size=16", "--channels=3", "--holdout=0.3")
+    command = ("experiments.train", f"--config={ROOT}/configs/emoji_vae.py:smoke:gan:emoji_data", "--workdir=emoji_vae")
+    shell(*command)
+    seen = [row for row in rows(shell.home / "emoji_vae") if "net/loss" in row]
+    assert [row["net/adversarial_weight"] > 0 for row in seen] == [False, False, True, True]
+    assert list((shell.home / "emoji_vae/samples").glob("*.png"))
+    shell("experiments.export", "--workdir=emoji_vae")
+    encode = ("tools.encode_latents", "--vae=emoji_vae/export", "--out=emoji_latents")
+    said = shell(*encode)
+    assert said.count("emoji_latents: emoji_data_latents, ") + said.count("emoji_latents: emoji_latents, ") == 1 and "[4, 4, 4] float16" in said
+    assert said == shell(*encode)
+    manifest = json.loads((shell.home / "emoji_latents/manifest.json").read_text())
+    before = json.loads((shell.home / "emoji_data/manifest.json").read_text())
+    assert manifest["captions"] and manifest["source"]["latents"]["flip"]
+    counts = {k: v["count"] for k, v in before["splits"].items()}
+    assert {k: v["count"] for k, v in manifest["splits"].items()} == {"train": 2 * counts["train"], "test": counts["test"]}
+    assert "error: --vae=emoji_vae is no autoencoder with measured latents" in shell(
+        "tools.encode_latents", "--vae=emoji_vae", "--out=other", code=2
+    )
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/mnist_latent.py:smoke:unused", "--workdir=emoji_latent", "--config.model.num_classes=0",
+        "--config.data={'name': 'array_record', 'path': 'emoji_latents'}", "--config.roles.vae.checkpoint=emoji_vae/export",
+        "--config.sample={'steps': 2, 'guidance': 'none', 'every': 4, 'count': 4}", "--config.batch_size=4", "--config.objective.label_drop=0.0",
+    )  # fmt: skip
+    check_workdir(shell.home / "emoji_latent")
+    shell("experiments.sample", "--checkpoint=emoji_latent", "--out=emoji_samples", "--count=2", "--steps=2")
+    assert np.load(shell.home / "emoji_samples/samples.npz")["x"].shape == (2, 16, 16, 3)
 
 
 def test_plain_errors(shell, digits):

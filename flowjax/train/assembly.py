@@ -43,7 +43,7 @@ def build_roles(config, objective):
             if any(section[k] for k in (*NETWORK, "optimizer", "every")):
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
-            wanted = {"vae": "autoencoder", "text": "text_encoder"}.get(name)
+            wanted = {"vae": "autoencoder", "text": "text_encoder"}.get(name, objective.kinds.get(name))
             if wanted and roles[name].module.kind != wanted:
                 raise ConfigError(f"roles.{name}.checkpoint = {section['checkpoint']!r} is a {roles[name].module.kind}, not a {wanted}")
             loaded[name] = params, info
@@ -138,7 +138,13 @@ class Run:
             raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
 
     def _check_conditions(self):
-        """ConfigError where captions were asked for, and no network looks at them."""
+        """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens."""
+        for name, role in self.roles.items() if self.pipeline.tokenizer else ():
+            fields = getattr(role.module, "text_encoder", None) or getattr(role.module, "text", None) or {}
+            vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
+            if vocab and vocab < self.pipeline.tokenizer.vocab:
+                where = "model" if name == "net" else f"roles.{name}"
+                raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.pipeline.tokenizer.vocab} tokens")
         idle = {*self.pipeline.conditions} - {"label"} - ({"tokens"} if "text" in self.roles else set())
         read = set()
         for name in self.trained:

@@ -1,0 +1,83 @@
+"""Captions through the real binaries: a tokenizer, text to image on pixels, its judge, prompts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from binaries import ROOT, check_workdir, shell_in
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    return shell_in(tmp_path_factory.mktemp("captions"))
+
+
+@pytest.fixture(scope="module")
+def emoji(shell):
+    """Two dozen pictures of 64x64 with captions, and a tokenizer learned from them."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (shell.home / "pictures").mkdir()
+    with open(shell.home / "pictures" / "captions.jsonl", "w") as listing:
+        for i in range(24):
+            Image.fromarray(rng.integers(0, 256, (64, 64, 4), np.uint8)).save(shell.home / "pictures" / f"{i}.png")
+            listing.write(json.dumps({"file": f"{i}.png", "caption": [f"picture {i}", f"a heart number {i}"]}) + "\n")
+    shell("tools.prepare_data", "--door=folder", "--path=pictures", "--out=emoji", "--channels=3", "--holdout=0.4")
+    said = shell("tools.train_tokenizer", "--path=emoji", "--vocab=300")
+    assert "emoji/tokenizer.json: " in said and "captions take" in said
+    return shell.home / "emoji"
+
+
+def test_pixels_from_prompts(shell, emoji):
+    command = ("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--workdir=pixel")
+    shell(*command)
+    check_workdir(shell.home / "pixel")
+    shell("experiments.export", "--workdir=pixel", "--out=out")
+    ask = ("experiments.sample", "--checkpoint=out", "--steps=2", "--sampler=euler", "--guidance=3")
+    (shell.home / "emoji" / "tokenizer.json").rename(shell.home / "away.json")  # the export has its own
+    shell(*ask, "--prompt=red heart", "--prompt=a cat face", "--count=4", "--out=asked")
+    made = np.load(shell.home / "asked" / "samples.npz")
+    assert made["x"].shape == (4, 64, 64, 3) and made["prompt"].tolist() == ["red heart"] * 2 + ["a cat face"] * 2
+    (shell.home / "prompts.txt").write_text("red heart\n\na cat face\n")
+    shell(*ask, "--prompts=prompts.txt", "--count=4", "--out=listed", "--negative=a heart")
+    again = np.load(shell.home / "listed" / "samples.npz")
+    np.testing.assert_array_equal(again["tokens"], made["tokens"])
+    assert np.abs(again["x"] - made["x"]).max() > 1e-6  # the negative prompt is heard
+    shell(*ask, "--prompt=red heart", "--count=1", "--size=32x64", "--out=wide")
+    assert np.load(shell.home / "wide" / "samples.npz")["x"].shape == (1, 32, 64, 3)
+    for flags, message in (
+        ((), "give --prompt or --prompts"),
+        (("--labels=1",), "asked by --prompt"),
+        (("--prompt=" + "long " * 30,), "tokens, but text.length = 24"),
+        (("--prompt=x", "--size=30"), "not divide"),
+        (("--prompt=x", "--size=wide"), "--size=wide should be HEIGHTxWIDTH"),
+        (("--prompts=nowhere",), "--prompts=nowhere"),
+        (("--prompt=x", "--negative=y", "--guidance=none"), "a negative prompt needs guidance"),
+    ):
+        said = shell(*ask, *flags, "--out=bad", code=2)
+        assert message in said and "Traceback" not in said, said
+    (shell.home / "away.json").rename(shell.home / "emoji" / "tokenizer.json")
+    assert not (shell.home / "bad").exists()
+
+
+def test_the_judge(shell, emoji):
+    shell("experiments.train", f"--config={ROOT}/configs/emoji_clip.py:smoke:{emoji}", "--workdir=judge")
+    check_workdir(shell.home / "judge", drawn=False)
+
+
+def test_captions_that_nobody_reads_are_refused(shell, emoji):
+    text = "{'name': 'bytes', 'length': 64}"
+    data = f"--config.data={{'name': 'array_record', 'path': '{emoji}', 'text': {text}}}"
+    plain = ("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=refused", "--config.model.num_classes=0", data)
+    said = shell(*plain, "--config.objective.label_drop=0.0", code=2)
+    assert "tokens" in said and "model 'dit' does not use them" in said
+    pixel = ("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--workdir=refused")
+    said = shell(*pixel, "--config.model.text_encoder.vocab=100", code=2)
+    assert "vocab = 100, but the tokenizer has" in said
+    said = shell(*pixel, "--config.data.text=", code=2)
+    assert "tokens" in said and "Traceback" not in said
+    assert not (shell.home / "refused").exists()
