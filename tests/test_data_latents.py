@@ -1,6 +1,8 @@
 """Latents made once: what is written, when it is written again, and which autoencoder a run accepts them from."""
 
+import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -10,8 +12,10 @@ from train_runs import DIT, stored, tiny, train
 from flowjax.config import ConfigError
 from flowjax.data import latents, records
 from flowjax.data.pipeline import arrays, ordered, pipeline
+from flowjax.models import vae
 from flowjax.train import export
 from flowjax.train.assembly import Run
+from flowjax.train.roles import Latents
 
 COUNTS = {"train": 11, "test": 5}
 
@@ -90,7 +94,7 @@ def test_nothing_is_encoded_twice(data, tmp_path):
     assert write(data, tmp_path / "z", encode=never) == first
     # Neither where the data lie nor how their captions are read is part of what they are.
     assert write(data + "/../images", tmp_path / "z", {"captions": "first"}, encode=never) == first
-    for change in ({"vae": "other"}, {"dtype": "float32"}, {"section": {"flip": True}}, {"section": {"pad": 10}}, {"splits": ("train",)}):
+    for change in ({"vae": "other"}, {"dtype": "float32"}, {"tile": 4}, {"section": {"flip": True}}, {"section": {"pad": 10}}, {"splits": ("train",)}):
         with pytest.raises(AssertionError, match="encoded again"):
             write(data, tmp_path / "z", **{"encode": never, **change})
     # What is there stays, unless it may be replaced.
@@ -136,6 +140,36 @@ def test_ordered_needs_one_finite_set_of_examples():
     for section in ("mix4", {"name": "mixture", "parts": ("mix4", "mix4"), "weights": (1, 1)}):
         with pytest.raises(ConfigError, match="one finite data set is needed"):
             ordered(section, "train", 4)
+
+
+# --- an autoencoder as a codec
+
+
+def test_a_codec_works_in_tiles_where_it_is_told_to():
+    """A network of single positions does not notice; the seam of any other lies within the tiles (tests/test_models_tiling.py)."""
+    seen = []
+
+    class Halver:
+        module = types.SimpleNamespace(factor=2)
+
+        def encode(self, x):
+            seen.append(x.shape)
+            return x[:, ::2, ::2], None
+
+        def decode(self, z):
+            seen.append(z.shape)
+            return z.repeat(2, axis=1).repeat(2, axis=2)
+
+    x = np.random.default_rng(0).standard_normal((1, 32, 24, 2)).astype(np.float32)
+    whole = Latents(Halver(), vae.LatentStats(np.array([1.0, 2.0], np.float32), np.array([2.0, 4.0], np.float32)))
+    tiles = dataclasses.replace(whole, tile=16)
+    z = whole.encode(x)
+    np.testing.assert_allclose(tiles.encode(x), z, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tiles.decode(z), whole.decode(z), rtol=1e-5, atol=1e-6)
+    assert seen[0] == (1, 32, 24, 2) and (1, 16, 16, 2) in seen and (1, 8, 8, 2) in seen
+    seen.clear()
+    dataclasses.replace(whole, tile=32).encode(x)  # small enough
+    assert seen == [(1, 32, 24, 2)]
 
 
 # --- a run on latents

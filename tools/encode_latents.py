@@ -11,6 +11,7 @@ too. Labels, captions and embeddings come along. Then train with
 where roles.vae decodes the samples; it must be the very autoencoder that made the latents.
 """
 
+import dataclasses
 import shlex
 import sys
 
@@ -25,6 +26,7 @@ OUT = flags.DEFINE_string("out", None, "The directory to write.", required=True)
 DATA = flags.DEFINE_string("data", "", "The data section; default: that of the autoencoder's run.")
 SPLITS = flags.DEFINE_list("splits", ["train", "test"], "The splits to encode.")
 DTYPE = flags.DEFINE_string("dtype", "float16", "Of the stored latents: float16 or float32.")
+TILE = flags.DEFINE_integer("tile", 0, "Encode images larger than this in tiles of this many pixels; 0: whole.", lower_bound=0)
 BATCH = flags.DEFINE_integer("batch", 64, "Images encoded at a time.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace another data set in --out.")
 
@@ -41,10 +43,11 @@ def main():
     codec = role.net(params)
     if not isinstance(codec, Latents):
         raise ConfigError(f"--vae={VAE.value} is no autoencoder with measured latents: export it with experiments.export")
+    codec = dataclasses.replace(codec, tile=TILE.value)
     section = shell.section(DATA.value, "data") if DATA.value else info["config"]["data"]
     manifest = latents.write(
         OUT.value, section, jax.jit(codec.encode), export.identity(params, info), splits=SPLITS.value, dtype=DTYPE.value,
-        batch=BATCH.value, overwrite=OVERWRITE.value, command=shlex.join(["python", "-m", "tools.encode_latents", *sys.argv[1:]]),
+        tile=TILE.value, batch=BATCH.value, overwrite=OVERWRITE.value, command=shlex.join(["python", "-m", "tools.encode_latents", *sys.argv[1:]]),
     )  # fmt: skip
     counts = ", ".join(f"{k} {v['count']}" for k, v in manifest["splits"].items())
     made = manifest["source"]["latents"]

@@ -26,12 +26,14 @@ DTYPES = ("float16", "float32")
 
 def write(
     out, section, encode: Callable, vae: str, *,
-    splits: Sequence[str] = ("train", "test"), dtype: str = "float16", batch: int = 64, overwrite: bool = False, command: str = "",
+    splits: Sequence[str] = ("train", "test"), dtype: str = "float16", tile: int = 0, batch: int = 64,
+    overwrite: bool = False, command: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Write the latents of a data section's splits to the directory `out`; returns the manifest.
 
     **Arguments:** `encode` maps images (batch, H, W, C) float32 in [-1, 1] to latents (batch, h, w, Z); `vae` is the hash of the
-    autoencoder behind it (flowjax.train.export.identity); `batch` images are encoded at a time.
+    autoencoder behind it (flowjax.train.export.identity), `tile` the size of tiles that it works in (0: the whole image); `batch`
+    images are encoded at a time.
 
     Nothing is encoded where the same latents are there already. **Errors:** ConfigError for settings and where other data are
     there (without `overwrite`), DataError for damaged data.
@@ -51,7 +53,7 @@ def write(
         raise ConfigError(f"{manifest['name']} holds latents already")
     flip = bool(section.get("flip"))
     known = {k: _without_place(m) for k, (m, _) in opened.items()}
-    latents = {"vae": vae, "flip": flip, "dtype": dtype, "data": known, "code_version": flowjax.__version__}
+    latents = {"vae": vae, "flip": flip, "dtype": dtype, "tile": tile, "data": known, "code_version": flowjax.__version__}
     latents["key"] = hashlib.sha256(json.dumps(latents, sort_keys=True).encode()).hexdigest()
     latents["section"] = section
     if (found := _there(out)) and found["source"].get("latents", {}).get("key") == latents["key"] and not records.damaged(out, found):

@@ -15,7 +15,7 @@ import numpy as np
 
 from flowjax import models, paths, predictions
 from flowjax.config import ConfigError, bind, build, lookup
-from flowjax.models import vae
+from flowjax.models import tiling, vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,18 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """A frozen autoencoder with the statistics of its latents, as a codec between images and normalised latents."""
+    """A frozen autoencoder with the statistics of its latents, as a codec between images and normalised latents.
+
+    tile > 0: images larger than tile x tile pixels go through in such tiles, which overlap by a quarter (flowjax.models.tiling).
+    """
 
     net: Bound
     stats: vae.LatentStats
+    tile: int = 0
 
     def encode(self, x):
         """Images (B, H, W, C) -> posterior means, standardised per channel."""
-        return vae.normalise(self.net.encode(x)[0], self.stats)
+        return vae.normalise(self._through(lambda x: self.net.encode(x)[0], x, self.tile), self.stats)
 
     def reconstruct(self, x):
         """Images through the posterior's mean and back."""
@@ -51,7 +55,10 @@ class Latents:
 
     def decode(self, latent):
         """Standardised latents -> images."""
-        return self.net.decode(vae.denormalise(latent, self.stats))
+        return self._through(self.net.decode, vae.denormalise(latent, self.stats), self.tile // self.net.module.factor)
+
+    def _through(self, fn, x, tile: int):
+        return tiling.tiled(fn, x, tile, tile // 4) if self.tile and max(x.shape[1:3]) > tile else fn(x)
 
 
 @dataclasses.dataclass(frozen=True)
