@@ -33,7 +33,7 @@ def get_config(arg: str = "data/emoji"):
             "name": "flow_matching", "time": {"name": "logit_normal", "mean": 0.8, "std": 0.8, "stratified": True},
             "weight": "velocity", "label_drop": 0.1,
         },
-        optimizer={"name": "adamw", "schedule": {"name": "cosine", "rate": 1e-3, "warmup": 2 if smoke else 200}, "clip": 1.0},
+        optimizer={"name": "adamw", "schedule": {"name": "constant", "rate": 1e-3, "warmup": 2 if smoke else 200}, "clip": 1.0},
         ema={"ema": {"name": "warmup", "decay": 0.999}},
         sample={
             "steps": 4 if smoke else 25, "sampler": "heun", "guidance": {"name": "cfg", "scale": 2.0}, "every": 4 if smoke else 1000,
