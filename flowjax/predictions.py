@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from flowjax.paths import Path, as_time, expand
 
@@ -83,8 +84,29 @@ def edm_input(path: Path, t, sigma_data: float = 0.5):
     return 1.0 / jnp.sqrt((a * sigma_data) ** 2 + b**2), log_sigma / 4
 
 
+def ddpm_input(path: Path, t, steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02):
+    """What a network of DDPM's discrete steps takes on any path: x_t with a^2 + b^2 = 1, and i / steps.
+
+    i in [0, steps - 1] is the step whose noise level sqrt((1 - A_i) / A_i), A_i = prod_{j <= i} (1 - beta_j), is that of t, by
+    interpolation of its logarithm between steps; beta_j grows linearly (2006.11239 section 4). Noise below that of step 0 is
+    given as step 0. i agrees with steps * t of `vp_linear` to within five steps.
+    """
+    log_keep = np.cumsum(np.log1p(-np.linspace(beta_min, beta_max, steps)))
+    log_sigmas = 0.5 * (np.log(-np.expm1(log_keep)) - log_keep)
+    a, b = path.a(t), path.b(t)
+    log_sigma = jnp.log(jnp.maximum(b, 1e-6)) - jnp.log(jnp.maximum(a, 1e-6))
+    step = jnp.interp(log_sigma, jnp.asarray(log_sigmas, log_sigma.dtype), jnp.arange(steps, dtype=log_sigma.dtype))
+    return 1.0 / jnp.sqrt(a**2 + b**2), step / steps
+
+
+def reversed_input(path: Path, t):
+    """x_t as it is and 1 - t: for a network whose time is 1 at the data, as that of SiT (2401.08740)."""
+    del path
+    return jnp.ones_like(t), 1.0 - t
+
+
 # name -> (path, t) -> (factor on x_t, time that the network is given)
-INPUT_SCALINGS: dict[str, Callable] = {"edm": edm_input}
+INPUT_SCALINGS: dict[str, Callable] = {"ddpm": ddpm_input, "edm": edm_input, "reversed": reversed_input}
 
 
 def gain(path: Path, name: str, t):

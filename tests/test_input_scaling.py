@@ -77,6 +77,52 @@ def test_default_leaves_the_input_alone():
     assert inside is x_t and (time == 0.5).all()
 
 
+def alphas_cumprod(steps, beta_min, beta_max):
+    """DDPM's A_i, one factor after another."""
+    kept, product = [], 1.0
+    for j in range(steps):
+        product *= 1 - (beta_min + (beta_max - beta_min) * j / (steps - 1))
+        kept.append(product)
+    return np.array(kept)
+
+
+@pytest.mark.parametrize(("section", "schedule"), [("ddpm", (1000, 1e-4, 0.02)), ({"name": "ddpm", "steps": 50, "beta_min": 0.01, "beta_max": 0.2}, (50, 0.01, 0.2))])
+@pytest.mark.parametrize("path", PATHS)
+def test_steps_of_ddpm_are_met_at_their_noise_level_on_every_path(path, section, schedule, float64):
+    role, steps = scaled(path, section, "eps"), schedule[0]
+    kept = alphas_cumprod(*schedule)
+    i = np.array([0, 1, 7, steps // 2, steps - 1])
+    sigma = np.sqrt((1 - kept) / kept)[i]
+    reached = (sigma > float(role.path.sigma(role.path.t_min))) & (sigma < float(role.path.sigma(0.9999999)))
+    t = role.path.time_of_sigma(jnp.asarray(sigma))
+    x, z = np.float64(0.7), np.float64(-1.3)
+    x_t = role.path.a(t) * x + role.path.b(t) * z
+    inside, time = seen_by_network(role, x_t[:, None], t)
+    assert reached.sum() >= 4
+    np.testing.assert_allclose((time * steps)[reached], i[reached], atol=1e-3)
+    wanted = np.sqrt(kept[i]) * x + np.sqrt(1 - kept[i]) * z
+    np.testing.assert_allclose(inside[:, 0][reached], wanted[reached], rtol=1e-6)
+    # Between steps 3 and 4, and beyond both ends.
+    between = role.path.time_of_sigma(jnp.sqrt(np.sqrt((1 - kept) / kept)[3] * np.sqrt((1 - kept) / kept)[4]))
+    assert float(seen_by_network(role, jnp.ones((1, 1)), between)[1][0]) * steps == pytest.approx(3.5, abs=0.01)
+    assert 0 <= float(seen_by_network(role, jnp.ones((1, 1)), 0.0)[1][0]) * steps < 60 * (path == "ve") + 1e-9
+    assert float(seen_by_network(role, jnp.ones((1, 1)), 1.0)[1][0]) * steps <= steps - 1
+
+
+def test_time_of_ddpm_is_near_the_continuous_one():
+    """The claim of the docstring: within five steps of 1000 t on the path that is DDPM's limit."""
+    t = jnp.linspace(0.0, 1.0, 501)
+    _, time = seen_by_network(scaled("vp_linear", "ddpm", "eps"), jnp.zeros((501, 1)), t)
+    assert np.abs(1000 * np.asarray(time) - 1000 * np.asarray(t)).max() < 5
+
+
+def test_reversed_time_is_one_at_the_data():
+    x = jnp.arange(6.0).reshape(3, 2)
+    inside, time = seen_by_network(scaled("rectified", "reversed", "velocity"), x, jnp.array([0.0, 0.25, 1.0]))
+    np.testing.assert_array_equal(inside, x)
+    np.testing.assert_array_equal(time, [1.0, 0.75, 0.0])
+
+
 def test_network_itself_is_unchanged_by_the_scaling():
     """net(x_t, t) = module(c_in x_t, c_noise), with the output's meaning left to the prediction."""
     role = scaled("edm")
@@ -117,7 +163,7 @@ def test_the_configs_key_reaches_the_trained_network():
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ("karras", "input_scaling.name = 'karras' is unknown; valid: edm"),
+        ("karras", "input_scaling.name = 'karras' is unknown; valid: ddpm, edm, reversed"),
         ({"name": "edm", "sd": 0.5}, "input_scaling.sd is unknown; valid: sigma_data"),
         ({"name": "edm", "t": 0.5}, "input_scaling.t is unknown; valid: sigma_data"),
     ],
