@@ -3,6 +3,8 @@
     python -m tools.plan --config=configs/t2i_sd3_2b.py --topology=v5p:8x4x4
     python -m experiments.train --config=configs/t2i_sd3_2b.py:gs://bucket/latents_1024 --workdir=gs://bucket/sd3_2b
 
+On 128 v5p a step of 1024 images takes 12.9 of 95.7 GiB a device (tools.plan).
+
 Records {"x": (128, 128, 16), "text": (154, 4096), "pooled": (2048,)}: standardised latents of an f = 8 autoencoder; for each
 caption 77 tokens of CLIP L and G side by side, padded with zeros to 4096 channels, then 77 of T5-XXL; both pooled vectors of CLIP.
 The paper trains 500,000 steps of batch 4096 at 256 px first, without the shift; each of its three encoders is left out with
