@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nets import close, count, golden, random_arrays, randomise, shapes
+from train_runs import rows, tiny, train
 
 from flowjax.config import ConfigError
 from flowjax.interop import lpips as interop
 from flowjax.models.classifier import Classifier
 from flowjax.models.perceptual import LPIPS, distance, unit
+from flowjax.train import export
+from flowjax.train.assembly import Run
 from flowjax.train.roles import Bound
 
 SMALL = LPIPS(widths=((4, 6), (5,), (7, 3)))
@@ -142,3 +145,23 @@ def test_damaged_weights_are_refused():
 def test_images_that_do_not_fit_are_refused(x):
     with pytest.raises(ConfigError, match="RGB images of at least 4 x 4"):
         jax.eval_shape(lambda k: SMALL.init(k, x), jax.random.key(0))
+
+
+@pytest.mark.slow
+def test_a_classifier_that_was_trained_here_takes_part_in_an_autoencoders_run(tmp_path):
+    """As a frozen role that only counts, and that the run's record names."""
+    judge = {"name": "classifier", "width": 8, "stages": 2, "groups": 4, "num_classes": 10}
+    train(tiny(data={"name": "digits"}, model=judge, objective="classification", steps=1), tmp_path / "judge")
+    export.export(tmp_path / "judge", tmp_path / "judge" / "export")
+    net = {"name": "autoencoder_kl", "channels": 4, "multipliers": (1,), "layers": 1, "groups": 2, "image_channels": 1, "mid_attention": False}
+    objective = {"name": "vae", "perceptual_weight": 0.5}
+    section = {"checkpoint": str(tmp_path / "judge" / "export")}
+    train(tiny(data={"name": "digits"}, model=net, objective=objective, roles={"perceptual": section}, steps=2), tmp_path / "vae")
+    last = [row for row in rows(tmp_path / "vae") if "perceptual" in row][-1]
+    assert last["perceptual"] > 0 and last["loss"] > last["reconstruction"] + 0.4 * last["perceptual"]
+    info = export.info_of(tmp_path / "vae")
+    assert info["frozen_models"] == {"perceptual": judge} and [*info["frozen"]] == ["perceptual"]
+    with pytest.raises(ConfigError, match="roles.discriminator.model: objective .* needs a network of kind 'discriminator'"):
+        Run(tiny(data={"name": "digits"}, model=net, objective="vae_gan"))
+    with pytest.raises(ConfigError, match="roles.perceptual.checkpoint is missing"):
+        Run(tiny(data={"name": "digits"}, model=net, objective=objective, roles={"perceptual": {}}))

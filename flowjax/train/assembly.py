@@ -351,6 +351,7 @@ class Run:
             "text": self.pipeline.tokenizer and self.config["data"].get("text"),
             "image_shape": list(self.pipeline.shape), "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
+            "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
         }
 
     def fingerprints(self):
