@@ -16,8 +16,8 @@ def get_config(arg: str = "data/emoji"):
     """arg: directory of the prepared data, with "smoke:" (a few steps of a tiny network) and "gan:" before it, in this order."""
     smoke, arg = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     gan, path = arg.startswith("gan:"), arg.removeprefix("gan:")
-    steps = 4 if smoke else 2000
-    objective = {"name": "vae", "reconstruction": "l1", "kl_weight": 1e-3}
+    steps = 4 if smoke else 4000
+    objective = {"name": "vae", "reconstruction": "l2", "kl_weight": 1e-3}
     roles = {}
     if gan:
         objective |= {"name": "vae_gan", "start": steps // 2, "adversarial_weight": 0.5}
@@ -27,7 +27,7 @@ def get_config(arg: str = "data/emoji"):
         roles = {"discriminator": {"model": judge, "optimizer": adam}}
     return config_dict(
         steps=steps,
-        batch_size=8 if smoke else 16,
+        batch_size=8,
         data={"name": "array_record", "path": path, "flip": True},
         model={
             "name": "autoencoder_kl", "channels": 4 if smoke else 16, "multipliers": (1, 2, 4), "layers": 1, "latent_channels": 4,
@@ -37,8 +37,8 @@ def get_config(arg: str = "data/emoji"):
         roles=roles,
         optimizer={"name": "adamw", "schedule": {"name": "cosine", "rate": 2e-3, "warmup": 1 if smoke else 50}, "clip": 1.0},
         ema={"ema": {"name": "warmup", "decay": 0.99}},
-        sample={"every": 4 if smoke else 500},
-        checkpoint={"every": 2 if smoke else 500},
-        validation={"every": 4 if smoke else 500, "batches": 2},
+        sample={"every": 4 if smoke else 1000},
+        checkpoint={"every": 2 if smoke else 1000},
+        validation={"every": 4 if smoke else 1000, "batches": 2},
         log={"every": 1 if smoke else 50},
     )  # fmt: skip

@@ -235,3 +235,16 @@ def test_a_mixture_of_two_autoencoders_is_refused(made, tmp_path):
     parts = [{"name": "array_record", "path": str(p)} for p in (made[1], tmp_path / "zz")]
     with pytest.raises(ConfigError, match="latents of another autoencoder"):
         Run(latent_run(made, data={"name": "mixture", "parts": parts, "weights": (1.0, 1.0)}))
+
+
+def test_an_image_encoder_cannot_look_at_latents():
+    kind = lambda kind: types.SimpleNamespace(module=types.SimpleNamespace(kind=kind))  # noqa: E731
+    run = types.SimpleNamespace(
+        pipeline=types.SimpleNamespace(manifest={"latents": {"vae": "a"}}), roles={"encoder": kind("image_encoder")}, loaded={"encoder": None}
+    )
+    with pytest.raises(ConfigError, match="roles.encoder looks at images, and the data hold latents"):
+        Run._encoded(run)
+    run.roles["encoder"] = kind("classifier")
+    assert Run._encoded(run)
+    run.pipeline.manifest = {}
+    assert not Run._encoded(run)

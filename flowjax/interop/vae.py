@@ -2,23 +2,13 @@
 
 channels x multipliers is block_out_channels, layers is layers_per_block, quant_conv is both use_quant_conv and
 use_post_quant_conv, mid_attention is mid_block_add_attention; groups is norm_num_groups. Latent scale and shift are settings
-there and measured statistics here (`LatentStats`), so they are not part of the state dict; `STATS` has the published ones.
+there and measured statistics here (`LatentStats`), so they are not part of the state dict.
 """
 
-import numpy as np
-
-from flowjax.config import lookup
 from flowjax.interop import state_dict
 from flowjax.interop.unet import rename_block
-from flowjax.models.vae import AutoencoderKL, LatentStats
+from flowjax.models.vae import AutoencoderKL
 
-# Published autoencoder -> (preset, scaling_factor, shift_factor): its diffusion model sees (z - shift) * scale.
-STATS = {
-    "sd1": ("kl_f8_z4", 0.18215, 0.0),  # Stable Diffusion 1 and 2
-    "sdxl": ("kl_f8_z4", 0.13025, 0.0),
-    "sd3": ("kl_f8_z16", 1.5305, 0.0609),
-    "flux1": ("kl_f8_z16", 0.3611, 0.1159),
-}
 TOP = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
 QUANT = {"quant": "quant_conv", "post_quant": "post_quant_conv"}
 
@@ -37,13 +27,6 @@ def rename(net: AutoencoderKL):
         return f"{half}.{rename_block(tuple(rest), len(net.multipliers))}"
 
     return one
-
-
-def latent_stats(name: str) -> LatentStats:
-    """The latent statistics that stand for the scale and shift of a published autoencoder, the same in every channel."""
-    preset, scale, shift = lookup(STATS, name, "the name of a published autoencoder")
-    ones = np.ones(AutoencoderKL.presets[preset]["latent_channels"], np.float32)
-    return LatentStats(shift * ones, ones / np.float32(scale))
 
 
 def from_torch(net: AutoencoderKL, state, like):

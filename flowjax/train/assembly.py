@@ -167,6 +167,8 @@ class Run:
                 f"the data hold latents of another autoencoder ({', '.join(map(str, makers))}) than roles.vae ({mine}): encode them "
                 "again with tools.encode_latents"
             )
+        if seeing := [k for k in self.loaded if self.roles[k].module.kind == "image_encoder"]:
+            raise ConfigError(f"roles.{seeing[0]} looks at images, and the data hold latents: train on the images, which roles.vae encodes")
         return True
 
     def _example(self):
