@@ -16,13 +16,16 @@ PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw, for a network of
 PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts, one a line.")
 NEGATIVE = flags.DEFINE_string("negative", "", "A prompt to be guided away from, in place of no prompt.")
 SIZE = flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the images in pixels, where it is not that of the training, or one number.")
+INIT = flags.DEFINE_string("init", "", "An image to begin with (SDEdit) or to repaint a part of; scaled and cropped to the size that is made.")
+STRENGTH = flags.DEFINE_float("strength", 0.0, "With --init, the time to start at: near 0 keeps the image, 1 forgets it. Default: 0.6; 1 with --mask.")
+MASK = flags.DEFINE_string("mask", "", "With --init, an image of the same size: what is white is painted anew, the rest stays.")
 SEED = flags.DEFINE_integer("seed", -1, "Noise of sample i is a function of (seed, i); -1: as in the run's config.", lower_bound=-1)
 STEPS = flags.DEFINE_integer("steps", 0, "Sampler steps; 0: as in the run's config.", lower_bound=0)
 SAMPLER = flags.DEFINE_string("sampler", "", 'Name, or a section such as "{\'name\': \'ddim\', \'eta\': 1.0}".')
 GRID = flags.DEFINE_string("grid", "", "Step grid: name or section.")
 GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale of classifier-free guidance, "none", or a section.')
 BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
-SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "steps", "sampler", "grid", "guidance", "count", "seed")
+SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "init", "strength", "mask", "steps", "sampler", "grid", "guidance", "count", "seed")
 EACH = 4  # samples of each prompt
 
 
@@ -46,7 +49,7 @@ def options(info: dict) -> dict:
         "guidance": guidance(GUIDANCE.value) if GUIDANCE.value else "",
     }
     given |= {"negative": NEGATIVE.value, "size": SIZE.value and size(SIZE.value)}
-    return chosen | {k: v for k, v in given.items() if v}
+    return chosen | {k: v for k, v in given.items() if v} | edit(info)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -55,6 +58,32 @@ def size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(n.isdigit() and int(n) for n in sides):
         raise ConfigError(f"--size={text} should be HEIGHTxWIDTH, or one number for both")
     return int(sides[0]), int(sides[-1])
+
+
+def edit(info: dict) -> dict:
+    """{"edit": flowjax.editing.Edit} of --init, --strength and --mask, or {}."""
+    if not INIT.value:
+        if MASK.value or STRENGTH.value:
+            raise ConfigError("--mask and --strength say what to do with the image of --init")
+        return {}
+    from flowjax import editing
+    from flowjax.data import images
+
+    height, width = size(SIZE.value) if SIZE.value else info["image_shape"][:2]
+    channels = info["image_shape"][2]
+    fit = lambda path, channels: images.fit(images.decode(path, path, channels), height, width)  # noqa: E731
+    keep = None
+    if MASK.value:
+        keep = (fit(MASK.value, 1) < 128).astype(np.float32)
+        if keep.all() or not keep.any():
+            raise ConfigError(f"--mask={MASK.value} is {'black' if keep.all() else 'white'} all over: nothing to {'paint' if keep.all() else 'keep'}")
+    picture = fit(INIT.value, channels).astype(np.float32) / 127.5 - 1
+    return {"edit": editing.Edit(picture, keep, STRENGTH.value or (1.0 if MASK.value else 0.6))}
+
+
+def edit_flags() -> dict:
+    """What was asked of an image, for the record."""
+    return {f.name: f.value for f in (INIT, STRENGTH, MASK) if f.value}
 
 
 def prompts() -> list[str]:

@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax import conditions, samplers, times
+from flowjax import conditions, editing, samplers, times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
 
 
 def make(
-    role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, text=None, negative=None, besides=None
+    role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, text=None, negative=None, edit=None,
+    besides=None,
 ):
     """sample(params, seed, indices (B,), cond) -> (B, ...) data, to be jitted.
 
     shape: of one (latent) example. sampler, grid, guidance: config sections ("none" for no guidance). codec: Latents of a
     frozen autoencoder, which decodes the result. text: frozen text encoder, which embeds cond["tokens"]. negative: condition of one
-    row to guide away from, in place of the network's null condition. besides: what the guidance takes besides the model
+    row to guide away from, in place of the network's null condition. edit: an image to begin with or to keep a part of
+    (flowjax.editing.Edit), in pixels; `steps` are those from its strength on. besides: what the guidance takes besides the model
     ({"bad": Model}, ...).
     """
     if role.module.kind != "denoiser":
@@ -29,7 +31,14 @@ def make(
     path = role.path
     if negative is not None and guidance == "none":
         raise ConfigError("a negative prompt needs guidance")
-    at = times.grid(steps, path, prediction=role.prediction, **keywords(grid))
+    grid = keywords(grid)
+    if edit is not None:
+        if edit.strength < 1:
+            if "t_start" in grid:
+                raise ConfigError(f"the strength of an edit is where sampling starts; sample.grid has t_start = {grid['t_start']} already")
+            grid["t_start"] = edit.strength
+        inner = editing.check(edit if codec is None else editing.encoded(edit, codec), shape, path)
+    at = times.grid(steps, path, prediction=role.prediction, **grid)
 
     def sample(params, seed, indices, cond):
         model = role.net(params)
@@ -43,8 +52,14 @@ def make(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
         start, walk = jax.vmap(lambda k: jax.random.split(k), out_axes=1)(keys)
         x = samplers.noise(path, start, (len(indices), *shape), at[0])
+        if edit is not None:
+            seen = inner.image if edit.strength < 1 else inner.image * inner.keep
+            x = x + path.a(jnp.float32(at[0])) * seen
+            model = model if inner.keep is None else editing.keeping(model, inner.image, inner.keep)
         x = samplers.sample(model, x, walk, at, sampler, cond=cond)
-        return x if codec is None else codec.decode(x)
+        x = x if edit is None else editing.paste(x, inner)
+        x = x if codec is None else codec.decode(x)
+        return x if edit is None else editing.paste(x, edit)
 
     return sample
 

@@ -49,7 +49,21 @@ def test_pixels_from_prompts(shell, emoji):
     assert np.abs(again["x"] - made["x"]).max() > 1e-6  # the negative prompt is heard
     shell(*ask, "--prompt=red heart", "--count=1", "--size=32x64", "--out=wide")
     assert np.load(shell.home / "wide" / "samples.npz")["x"].shape == (1, 32, 64, 3)
+    from PIL import Image
+
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 255
+    Image.fromarray(mask).save(shell.home / "mask.png")
+    shell(*ask, "--prompt=red heart", "--count=2", "--init=pictures/0.png", "--mask=mask.png", "--out=painted")
+    painted = np.load(shell.home / "painted" / "samples.npz")["x"]
+    np.testing.assert_array_equal(painted[0, :, :32], painted[1, :, :32])
+    assert np.abs(painted[0, :, 32:] - painted[1, :, 32:]).mean() > 0.01
+    shell(*ask, "--prompt=red heart", "--count=2", "--init=pictures/0.png", "--strength=0.1", "--out=near")
+    near = np.load(shell.home / "near" / "samples.npz")["x"]
+    assert np.abs(near[0] - near[1]).mean() < np.abs(painted[0, :, 32:] - painted[1, :, 32:]).mean()
     for flags, message in (
+        (("--prompt=x", "--mask=mask.png"), "--mask and --strength say"),
+        (("--prompt=x", "--init=mask.png", "--mask=pictures.png"), "pictures.png"),
         ((), "give --prompt or --prompts"),
         (("--labels=1",), "asked by --prompt"),
         (("--prompt=" + "long " * 30,), "tokens, but text.length = 24"),

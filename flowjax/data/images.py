@@ -49,16 +49,19 @@ def convert(image: np.ndarray, channels: int) -> np.ndarray:
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """Shorter side to `size` by antialiased bicubic interpolation, then the central size x size square."""
+    return fit(image, size, size)
+
+
+def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scaled until it covers height x width (antialiased bicubic), then the middle of it."""
     from PIL import Image
 
-    height, width = image.shape[:2]
-    if (height, width) == (size, size):
-        return image
-    scale = size / min(height, width)
-    height, width = max(size, round(height * scale)), max(size, round(width * scale))
-    image = _array(_pil(image).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
+    scale = max(height / image.shape[0], width / image.shape[1])
+    h, w = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
+    if (h, w) != image.shape[:2]:
+        image = _array(_pil(image).resize((w, h), Image.Resampling.BICUBIC))
+    top, left = (h - height) // 2, (w - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def pad(images: np.ndarray, size: int) -> np.ndarray:
