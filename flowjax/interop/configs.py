@@ -611,7 +611,8 @@ def write_vit(net, info) -> dict:
             raise ConfigError("model.mlp = 'swiglu' cannot be expressed in transformers' ViT")
         name, kind = ("ViTMAEModel", "vit_mae") if net.positions == "sincos" else ("ViTModel", "vit")
         config |= {"intermediate_size": net.hidden, "hidden_act": HIDDEN_ACT[net.mlp]}
-        return {"architectures": [name], "model_type": kind, **config}
+        masked = {"mask_ratio": 0.0} if kind == "vit_mae" else {}  # theirs would otherwise hide three quarters of the image
+        return {"architectures": [name], "model_type": kind, **config, **masked}
     needs(net, "transformers' DINOv2", positions="learned", antialias=bool(net.registers))
     if net.mlp_ratio != int(net.mlp_ratio):
         raise ConfigError(f"model.mlp_ratio = {net.mlp_ratio} cannot be expressed in transformers' DINOv2, which has whole numbers")

@@ -43,9 +43,34 @@ def _old_attention(from_torch):
     return lambda net, state, like: from_torch(net, encoder.renamed(state, [rule]), like)
 
 
-def _one_table(net, params):
+def _t5_of_files(net, params):
     """T5 as files have it, with one name for the token table."""
     return {k: v for k, v in t5.to_torch(net, params).items() if k != t5.TOKENS}
+
+
+def _clip_of_files(net, params):
+    """CLIP as files have it, whose towers by themselves keep the prefix that they have in both."""
+    state = clip.to_torch(net, params)
+    if isinstance(net, clip.CLIP) or net.features:
+        return state
+    prefix = clip.PREFIX["text" if isinstance(net, clip.CLIPText) else "image"]
+    return {f"{prefix}.{key}": value for key, value in state.items()}
+
+
+def _vit_of_files(net, params):
+    """ViT and DINOv2 as files have them, in names that transformers 5 writes and 4 knows."""
+    state = vit.to_torch(net, params)
+    for key in [key for key in state if ".mlp.gate_proj." in key]:
+        state[key.replace("gate_proj", "weights_in")] = np.concatenate([state.pop(key), state.pop(key.replace("gate_proj", "up_proj"))])
+    rules = [
+        (r"^layers\.", "encoder.layer."),
+        (r"\.attention\.([qkv])_proj\.", lambda m: f".attention.attention.{ {'q': 'query', 'k': 'key', 'v': 'value'}[m[1]] }."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
+    ]
+    if not net.layerscale:
+        rules += [(r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense.")]
+    return encoder.renamed(state, rules)
 
 
 def _places(net, info):
@@ -64,11 +89,11 @@ KINDS: dict[str, dict[str, Kind]] = {
         ),
     },
     "transformers": {
-        "clip_text": Kind(M["clip_text"], C.read_clip_text, C.write_clip_text, clip.from_torch, clip.to_torch),
-        "clip_vision": Kind(M["clip_vision"], C.read_clip_vision, C.write_clip_vision, clip.from_torch, clip.to_torch),
-        "clip": Kind(M["clip"], C.read_clip, C.write_clip, clip.from_torch, clip.to_torch),
-        "t5": Kind(M["t5"], C.read_t5, C.write_t5, t5.from_torch, _one_table),
-        "vit": Kind(M["vit"], C.read_vit, C.write_vit, vit.from_torch, vit.to_torch),
+        "clip_text": Kind(M["clip_text"], C.read_clip_text, C.write_clip_text, clip.from_torch, _clip_of_files),
+        "clip_vision": Kind(M["clip_vision"], C.read_clip_vision, C.write_clip_vision, clip.from_torch, _clip_of_files),
+        "clip": Kind(M["clip"], C.read_clip, C.write_clip, clip.from_torch, _clip_of_files),
+        "t5": Kind(M["t5"], C.read_t5, C.write_t5, t5.from_torch, _t5_of_files),
+        "vit": Kind(M["vit"], C.read_vit, C.write_vit, vit.from_torch, _vit_of_files),
     },
     "original": {
         "dit": Kind(M["dit"], C.read_original_dit, C.write_original_dit, original.from_torch, original.to_torch, (), _places),
