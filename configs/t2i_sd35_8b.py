@@ -3,6 +3,8 @@
     python -m tools.plan --config=configs/t2i_sd35_8b.py --topology=v5p:8x8x4
     python -m experiments.train --config=configs/t2i_sd35_8b.py:gs://bucket/latents_1024 --workdir=gs://bucket/sd35_8b
 
+On 256 v5p a step of 1024 images takes 13 of 95.7 GiB a device (tools.plan).
+
 Data: see configs/t2i_sd3_2b.py.
 """
 
