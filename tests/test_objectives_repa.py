@@ -144,6 +144,13 @@ def test_the_step_keeps_the_pixels_for_an_encoder_only():
     assert step_lib.encode({"encoder": patches}, data).keys() == {"x", "cond"}
 
 
+def test_tokens_form_the_grid_of_their_image():
+    for image, count, grid in (((4, 6), 6, (2, 3)), ((6, 4), 6, (3, 2)), ((8, 8), 16, (4, 4)), ((1, 9), 1, (1, 1))):
+        encoder = lambda x, count=count: (jnp.broadcast_to(jnp.arange(count)[:, None], (2, count, 5)), None)  # noqa: E731
+        y = repa.features(encoder, jnp.zeros((2, *image, 1)), 1.0, "tokens")
+        np.testing.assert_array_equal(y[1, :, :, 3], np.arange(count).reshape(grid))
+
+
 def test_images_are_resized_before_the_encoder():
     seen = []
 
@@ -204,18 +211,24 @@ def parts():
     return roles, params, randomise(shapes(encoder, DATA["x"]), 1)
 
 
-def train(section, steps=2, data=DATA, **options):
-    """(state, metrics) after some steps of SGD."""
-    roles, params, encoder = parts()
-    frozen = {"encoder": encoder} if "repa" in section["name"] else {}
+@functools.cache
+def machine(settings, **options):
+    """(jitted step of SGD, state at its start)."""
+    roles, params, _ = parts()
     transform = optim.build({"name": "sgd", "momentum": 0.0, "schedule": {"name": "constant", "rate": 0.1}}, params, 10)[0]
     state = step_lib.State(jnp.zeros((), jnp.int32), {"net": params}, {"net": transform.init(params)}, {})
-    step = jax.jit(step_lib.make_step(objectives.build(section), roles, {"net": transform}, {}, seed=3, **options))
+    return jax.jit(step_lib.make_step(objectives.build(dict(settings)), roles, {"net": transform}, {}, seed=3, **options)), state
+
+
+def train(section, steps=2, **options):
+    """(parameters, metrics) after some steps."""
+    step, state = machine(tuple(section.items()), **options)
     for _ in range(steps):
-        state, metrics = step(state, frozen, data)
+        state, metrics = step(state, {"encoder": parts()[2]} if section["name"] == "repa" else {}, DATA)
     return state.params["net"], metrics
 
 
+@pytest.mark.slow
 def test_without_weight_or_after_the_stop_training_is_that_of_flow_matching():
     plain, _ = train({"name": "flow_matching", "label_drop": 0.2})
     start = parts()[1]["projector"]
@@ -227,7 +240,7 @@ def test_without_weight_or_after_the_stop_training_is_that_of_flow_matching():
         assert (max(jax.tree.leaves(differences)) < 1e-6) == same
         assert -1 < float(metrics["alignment"]) < 1
     # Once it is over, the projector rests.
-    once, twice = (train({"name": "repa", "stop": 1}, steps)[0]["projector"] for steps in (1, 2))
+    once, twice = (train({"name": "repa", "label_drop": 0.2, "stop": 1}, steps)[0]["projector"] for steps in (1, 2))
     jax.tree.map(np.testing.assert_array_equal, once, twice)
     assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), once, start))) > 1e-4
 
@@ -247,6 +260,7 @@ def test_no_gradient_reaches_the_encoder():
     assert jnp.abs(moved - features).max() > 1e-3 and abs(float(other - value)) > 1e-5
 
 
+@pytest.mark.slow
 def test_descending_aligns():
     """Twenty steps of plain gradient descent raise the cosine; the encoder's tokens are a function of the image alone."""
     first, last = (float(train({"name": "repa", "align": 5.0}, steps)[1]["alignment"]) for steps in (1, 20))
