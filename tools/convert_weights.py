@@ -14,7 +14,8 @@ clip_vision, t5 (T5 v1.1 and UMT5 encoders), vit (ViT, MAE, DINOv2); original: d
 What is read is a folder with config.json and safetensors, whole or in shards, or one weight file, with config.json beside it or
 --config_json. What is written by --from serves experiments.sample, roles.<name>.checkpoint and tools.encode_latents; with --vae,
 samples are images. --to writes what the class's from_pretrained reads. Parameters are float32 in between: half precision
-comes back bit for bit with its own --dtype.
+comes back bit for bit with its own --dtype. What no config of theirs says is given by --fields: a UNet2DModel whose last class
+means "no class" has {'num_classes': 10, 'null_class': True}.
 """
 
 import pathlib
@@ -54,7 +55,10 @@ def read(source, out):
         "prediction": PREDICTION.value,
         "input_scaling": shell.section(INPUT_SCALING.value, "input_scaling"),
     }
-    options = {"fields": shell.section(FIELDS.value, "fields"), "size": SIZE.value and (SIZE.value[0], SIZE.value[-1]), "meaning": meaning}
+    fields = shell.section(FIELDS.value, "fields") or {}
+    if not isinstance(fields, dict) or len(SIZE.value) > 2:
+        raise ConfigError("--fields takes a section, {'name of the field': value}, and --size one number or two")
+    options = {"fields": fields, "size": SIZE.value and (SIZE.value[0], SIZE.value[-1]), "meaning": meaning}
     params, info = library.load(source, FROM.value, MODEL.value, config, **options)
     vae = None
     if VAE.value:
@@ -86,6 +90,8 @@ def main(argv):
     if len(argv) != 3 or bool(FROM.value) == bool(TO.value):
         raise app.UsageError("give either --from or --to, and two places: what to read, and what to write")
     try:
+        if bucket := next((place for place in argv[1:] if "://" in place), None):
+            raise ConfigError(f"{bucket} is in a bucket; convert on this machine and copy the result")
         print((read if FROM.value else write)(*map(pathlib.Path, argv[1:])))
     except ConfigError as error:
         sys.exit(f"error: {error}")

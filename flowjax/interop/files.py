@@ -64,7 +64,10 @@ def tensors(file) -> dict[str, np.ndarray]:
             header = json.loads(stream.read(size)) if size < file.stat().st_size else None
         header.pop("__metadata__", None)
         data = np.memmap(file, np.uint8, "r", offset=8 + size)
-        return {name: _view(file, data, name, entry) for name, entry in header.items()}
+        state = {name: _view(file, data, name, entry) for name, entry in header.items()}
+        if sum(value.nbytes for value in state.values()) != len(data):
+            raise ValueError("it holds bytes of no tensor")
+        return state
     except ConfigError:
         raise
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
