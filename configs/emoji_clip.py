@@ -14,7 +14,7 @@ def get_config(arg: str = "data/emoji"):
     width = 32 if smoke else 128
     return config_dict(
         seed=1000,
-        steps=4 if smoke else 1500,
+        steps=4 if smoke else 600,
         batch_size=8 if smoke else 128,
         data={
             "name": "array_record", "path": path,
@@ -28,7 +28,7 @@ def get_config(arg: str = "data/emoji"):
         objective={"name": "contrastive"},
         optimizer={"name": "adamw", "decay": 0.1, "schedule": {"name": "cosine", "rate": 1e-3, "warmup": 2 if smoke else 100}, "clip": 1.0},
         ema={"ema": {"name": "warmup", "decay": 0.99}},
-        checkpoint={"every": 2 if smoke else 500},
-        validation={"every": 4 if smoke else 250, "batches": 1},
+        checkpoint={"every": 2 if smoke else 200},
+        validation={"every": 4 if smoke else 200, "batches": 1},
         log={"every": 1 if smoke else 50},
     )  # fmt: skip

@@ -17,7 +17,7 @@ def get_config(arg: str = "data/emoji"):
     smoke, path = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     width = 32 if smoke else 128
     return config_dict(
-        steps=4 if smoke else 6000,
+        steps=4 if smoke else 3000,
         batch_size=8 if smoke else 64,
         data={
             "name": "array_record", "path": path,
@@ -31,7 +31,7 @@ def get_config(arg: str = "data/emoji"):
         prediction="x",
         objective={
             "name": "flow_matching", "time": {"name": "logit_normal", "mean": 0.8, "std": 0.8, "stratified": True},
-            "weight": "velocity", "label_drop": 0.1,
+            "weight": {"name": "velocity", "floor": 0.05}, "label_drop": 0.1,
         },
         optimizer={"name": "adamw", "schedule": {"name": "constant", "rate": 1e-3, "warmup": 2 if smoke else 200}, "clip": 1.0},
         ema={"ema": {"name": "warmup", "decay": 0.999}},

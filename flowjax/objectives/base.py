@@ -47,7 +47,7 @@ def drop_condition(net, cond, key, rate: float):
     if rate == 0.0:
         return cond
     if net.null is None:
-        raise ConfigError("objective.label_drop > 0 needs a network with a null condition (model.num_classes > 0)")
+        raise ConfigError("objective.label_drop > 0 needs a network with a null condition (model.num_classes > 0, or captions)")
     if not cond:
         return cond
     null = net.null(cond)
