@@ -255,45 +255,6 @@ def test_emoji_latents(shell):
     assert np.load(shell.home / "emoji_samples/samples.npz")["x"].shape == (2, 16, 16, 3)
 
 
-def test_emoji_latents(shell):
-    """An autoencoder of small pictures with captions, trained against a discriminator; its latents made once; a run on those."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    (shell.home / "emoji").mkdir()
-    with open(shell.home / "emoji/captions.jsonl", "w") as listing:
-        for i in range(24):
-            Image.fromarray(rng.integers(0, 256, (20, 16, 4), np.uint8)).save(shell.home / f"emoji/{i}.png")
-            listing.write(json.dumps({"file": f"{i}.png", "caption": f"picture {i}"}) + "\n")
-    shell("tools.prepare_data", "--door=folder", "--path=emoji", "--out=emoji_data", "--size=16", "--channels=3", "--holdout=0.3")
-    command = ("experiments.train", f"--config={ROOT}/configs/emoji_vae.py:smoke:gan:emoji_data", "--workdir=emoji_vae")
-    shell(*command)
-    seen = [row for row in rows(shell.home / "emoji_vae") if "net/loss" in row]
-    assert [row["net/adversarial_weight"] > 0 for row in seen] == [False, False, True, True]
-    assert list((shell.home / "emoji_vae/samples").glob("*.png"))
-    shell("experiments.export", "--workdir=emoji_vae")
-    encode = ("tools.encode_latents", "--vae=emoji_vae/export", "--out=emoji_latents")
-    said = shell(*encode)
-    assert said.count("emoji_latents: emoji_data_latents, ") + said.count("emoji_latents: emoji_latents, ") == 1 and "[4, 4, 4] float16" in said
-    assert said == shell(*encode)
-    manifest = json.loads((shell.home / "emoji_latents/manifest.json").read_text())
-    before = json.loads((shell.home / "emoji_data/manifest.json").read_text())
-    assert manifest["captions"] and manifest["source"]["latents"]["flip"]
-    counts = {k: v["count"] for k, v in before["splits"].items()}
-    assert {k: v["count"] for k, v in manifest["splits"].items()} == {"train": 2 * counts["train"], "test": counts["test"]}
-    assert "error: --vae=emoji_vae is no autoencoder with measured latents" in shell(
-        "tools.encode_latents", "--vae=emoji_vae", "--out=other", code=2
-    )
-    shell(
-        "experiments.train", f"--config={ROOT}/configs/mnist_latent.py:smoke:unused", "--workdir=emoji_latent", "--config.model.num_classes=0",
-        "--config.data={'name': 'array_record', 'path': 'emoji_latents'}", "--config.roles.vae.checkpoint=emoji_vae/export",
-        "--config.sample.guidance=none", "--config.batch_size=4", "--config.objective.label_drop=0.0",
-    )  # fmt: skip
-    check_workdir(shell.home / "emoji_latent")
-    shell("experiments.sample", "--checkpoint=emoji_latent", "--out=emoji_samples", "--count=2", "--steps=2")
-    assert np.load(shell.home / "emoji_samples/samples.npz")["x"].shape == (2, 16, 16, 3)
-
-
 def test_plain_errors(shell, digits):
     config = f"--config={ROOT}/configs/digits.py:smoke"
     out = shell("experiments.train", config, "--workdir=bad", "--config.objective={'name': 'flow_matching', 'tiem': 'uniform'}", code=2)
