@@ -86,7 +86,10 @@ def alphas_cumprod(steps, beta_min, beta_max):
     return np.array(kept)
 
 
-@pytest.mark.parametrize(("section", "schedule"), [("ddpm", (1000, 1e-4, 0.02)), ({"name": "ddpm", "steps": 50, "beta_min": 0.01, "beta_max": 0.2}, (50, 0.01, 0.2))])
+@pytest.mark.parametrize(
+    ("section", "schedule"),
+    [("ddpm", (1000, 1e-4, 0.02)), ({"name": "ddpm", "steps": 50, "beta_min": 0.01, "beta_max": 0.2}, (50, 0.01, 0.2))],
+)
 @pytest.mark.parametrize("path", PATHS)
 def test_steps_of_ddpm_are_met_at_their_noise_level_on_every_path(path, section, schedule, float64):
     role, steps = scaled(path, section, "eps"), schedule[0]

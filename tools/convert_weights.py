@@ -3,8 +3,8 @@
     python -m tools.convert_weights --from=diffusers --model=sd3 sd3-medium/transformer exports/sd3
     python -m tools.convert_weights --from=diffusers --model=autoencoder_kl sd-vae-ft-ema exports/sd_vae
     python -m tools.convert_weights --from=diffusers --model=dit --vae=exports/sd_vae DiT-XL-2-256/transformer exports/dit
-    python -m tools.convert_weights --from=original --model=sit --config_json='{}' --vae=exports/sd_vae SiT-XL-2-256x256.pt exports/sit
-    python -m tools.convert_weights --from=transformers --model=clip_text --fields="{'penultimate': True}" sd3/text_encoder exports/clip_l
+    python -m tools.convert_weights --from=original --model=sit --config_json='{}' --vae=exports/sd_vae SiT-XL-2.pt exports/sit
+    python -m tools.convert_weights --from=transformers --model=clip_text --fields="{'penultimate': True}" sd3/text_encoder exports/clip
     python -m tools.convert_weights --to=diffusers --model=dit runs/my_dit/export my_dit_for_diffusers --dtype=bfloat16
     python -m tools.parity                       (every kind against its library, in a table; needs torch)
 
@@ -31,9 +31,9 @@ LIBRARIES = ("diffusers", "transformers", "original")
 FROM = flags.DEFINE_enum("from", None, LIBRARIES, "Read weights of this library.")
 TO = flags.DEFINE_enum("to", None, LIBRARIES, "Write weights for this library.")
 MODEL = flags.DEFINE_string("model", None, "What the network is there.", required=True)
-CONFIG_JSON = flags.DEFINE_string("config_json", "", "Their config: a file, or the JSON itself; default: config.json beside the weights.")
+CONFIG_JSON = flags.DEFINE_string("config_json", "", "Their config, a file or JSON; default: config.json beside the weights.")
 FIELDS = flags.DEFINE_string("fields", "", "Fields of our model section that no config of theirs says, as {'dtype': 'bfloat16'}.")
-SIZE = flags.DEFINE_multi_integer("size", [], "Side that a denoiser makes, in its pixels or latents, or --size=H --size=W; default: as in their config.")
+SIZE = flags.DEFINE_multi_integer("size", [], "Side of what a denoiser makes (or --size=H --size=W); default: as in their config.")
 PATH = flags.DEFINE_string("path", "", "Path that a denoiser was trained on, where it is not that of its kind: name or section.")
 PREDICTION = flags.DEFINE_string("prediction", "", "What a denoiser predicts, where it is not what its kind does.")
 INPUT_SCALING = flags.DEFINE_string("input_scaling", "", "What is between x_t and a denoiser, where it is not that of its kind.")

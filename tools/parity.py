@@ -432,7 +432,8 @@ def main(argv):
     bad = []
     for name in ONLY.value or CASES:
         found = run(name)
-        print(f"| {name} | {CASES[name].name} | {found.parameters:,} | {found.read:.1e} | {found.written:.1e} | {'yes' if found.same else 'NO'} |", flush=True)
+        errors = f"{found.read:.1e} | {found.written:.1e} | {'yes' if found.same else 'NO'}"
+        print(f"| {name} | {CASES[name].name} | {found.parameters:,} | {errors} |", flush=True)
         bad += [name] if max(found.read, found.written) > 1e-4 or not found.same else []
     if not ONLY.value:
         print("\n| published | class | parameters of ours | as published |\n|---|---|---|---|")

@@ -14,7 +14,10 @@ import numpy as np
 
 from flowjax import models
 from flowjax.config import ConfigError, lookup
-from flowjax.interop import clip, configs, dit, encoder, files, flux, mmdit, original, t5, unet, vae, vit
+from flowjax.interop import clip, dit, encoder, files, flux, mmdit, original, t5, unet, vae, vit
+from flowjax.interop import diffusers_configs as D
+from flowjax.interop import transformers_configs as T
+from flowjax.interop.fields import Fields
 from flowjax.train import export, settings
 from flowjax.train.assembly import NETWORK
 
@@ -22,7 +25,7 @@ from flowjax.train.assembly import NETWORK
 class Kind(NamedTuple):
     """How networks of one kind are read and written.
 
-    module: our class.   read, write: config <-> info, see `flowjax.interop.configs`.
+    module: our class.   read, write: config <-> info, see `flowjax.interop.fields`.
     from_torch(net, state, like) -> params; to_torch(net, params) -> state.
     classes: what _class_name may be; the first is written.   buffers(net, info): their tensors that are no parameters of ours.
     """
@@ -61,10 +64,12 @@ def _vit_of_files(net, params):
     """ViT and DINOv2 as files have them, in names that transformers 5 writes and 4 knows."""
     state = vit.to_torch(net, params)
     for key in [key for key in state if ".mlp.gate_proj." in key]:
-        state[key.replace("gate_proj", "weights_in")] = np.concatenate([state.pop(key), state.pop(key.replace("gate_proj", "up_proj"))])
+        both = state.pop(key), state.pop(key.replace("gate_proj", "up_proj"))
+        state[key.replace("gate_proj", "weights_in")] = np.concatenate(both)
+    parts = {"q": "query", "k": "key", "v": "value"}
     rules = [
         (r"^layers\.", "encoder.layer."),
-        (r"\.attention\.([qkv])_proj\.", lambda m: f".attention.attention.{ {'q': 'query', 'k': 'key', 'v': 'value'}[m[1]] }."),
+        (r"\.attention\.([qkv])_proj\.", lambda m: f".attention.attention.{parts[m[1]]}."),
         (r"\.attention\.o_proj\.", ".attention.output.dense."),
         (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
     ]
@@ -77,32 +82,32 @@ def _places(net, info):
     return {original.TABLE: original.table(net, info["shape"][0] // net.patch)}
 
 
-C, M = configs, models.MODELS
+M = models.MODELS
 KINDS: dict[str, dict[str, Kind]] = {
     "diffusers": {
-        "dit": Kind(M["dit"], C.read_dit, C.write_dit, dit.from_torch, dit.to_torch, ("DiTTransformer2DModel", "Transformer2DModel")),
-        "sd3": Kind(M["mmdit"], C.read_sd3, C.write_sd3, mmdit.from_torch, mmdit.to_torch, ("SD3Transformer2DModel",)),
-        "flux": Kind(M["flux"], C.read_flux, C.write_flux, flux.from_torch, flux.to_torch, ("FluxTransformer2DModel",)),
-        "unet": Kind(M["unet"], C.read_unet, C.write_unet, _old_attention(unet.from_torch), unet.to_torch, ("UNet2DModel",)),
+        "dit": Kind(M["dit"], D.read_dit, D.write_dit, dit.from_torch, dit.to_torch, ("DiTTransformer2DModel", "Transformer2DModel")),
+        "sd3": Kind(M["mmdit"], D.read_sd3, D.write_sd3, mmdit.from_torch, mmdit.to_torch, ("SD3Transformer2DModel",)),
+        "flux": Kind(M["flux"], D.read_flux, D.write_flux, flux.from_torch, flux.to_torch, ("FluxTransformer2DModel",)),
+        "unet": Kind(M["unet"], D.read_unet, D.write_unet, _old_attention(unet.from_torch), unet.to_torch, ("UNet2DModel",)),
         "autoencoder_kl": Kind(
-            M["autoencoder_kl"], C.read_autoencoder, C.write_autoencoder, _old_attention(vae.from_torch), vae.to_torch, ("AutoencoderKL",)
+            M["autoencoder_kl"], D.read_autoencoder, D.write_autoencoder, _old_attention(vae.from_torch), vae.to_torch, ("AutoencoderKL",)
         ),
     },
     "transformers": {
-        "clip_text": Kind(M["clip_text"], C.read_clip_text, C.write_clip_text, clip.from_torch, _clip_of_files),
-        "clip_vision": Kind(M["clip_vision"], C.read_clip_vision, C.write_clip_vision, clip.from_torch, _clip_of_files),
-        "clip": Kind(M["clip"], C.read_clip, C.write_clip, clip.from_torch, _clip_of_files),
-        "t5": Kind(M["t5"], C.read_t5, C.write_t5, t5.from_torch, _t5_of_files),
-        "vit": Kind(M["vit"], C.read_vit, C.write_vit, vit.from_torch, _vit_of_files),
+        "clip_text": Kind(M["clip_text"], T.read_clip_text, T.write_clip_text, clip.from_torch, _clip_of_files),
+        "clip_vision": Kind(M["clip_vision"], T.read_clip_vision, T.write_clip_vision, clip.from_torch, _clip_of_files),
+        "clip": Kind(M["clip"], T.read_clip, T.write_clip, clip.from_torch, _clip_of_files),
+        "t5": Kind(M["t5"], T.read_t5, T.write_t5, t5.from_torch, _t5_of_files),
+        "vit": Kind(M["vit"], T.read_vit, T.write_vit, vit.from_torch, _vit_of_files),
     },
     "original": {
-        "dit": Kind(M["dit"], C.read_original_dit, C.write_original_dit, original.from_torch, original.to_torch, (), _places),
-        "sit": Kind(M["dit"], C.read_sit, C.write_sit, original.from_torch_sit, original.to_torch_sit, (), _places),
+        "dit": Kind(M["dit"], original.read_dit, original.write_dit, original.from_torch, original.to_torch, (), _places),
+        "sit": Kind(M["dit"], original.read_sit, original.write_sit, original.from_torch_sit, original.to_torch_sit, (), _places),
     },
 }
 # Names of the weight files, and the fields that every config of the library has.
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model", "original": "model"}
-COMMON = {"diffusers": configs.DIFFUSERS, "transformers": configs.TRANSFORMERS, "original": ()}
+COMMON = {"diffusers": D.COMMON, "transformers": T.COMMON, "original": ()}
 
 
 def kind_of(library: str, model: str) -> Kind:
@@ -121,7 +126,7 @@ def describe(library: str, model: str, config: Mapping, where: str = "config.jso
     name = config.get("_class_name", kind.classes[0] if kind.classes else None)
     if kind.classes and name not in kind.classes:
         raise ConfigError(f"{where} is of a {name}; --model={model} of {library} is {' or '.join(kind.classes)}")
-    left = configs.Fields(config, where, COMMON[library])
+    left = Fields(config, where, COMMON[library])
     try:
         found = kind.read(left)
     except (TypeError, AttributeError, ZeroDivisionError) as error:

@@ -22,8 +22,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from flowjax.config import ConfigError
 from flowjax.interop import encoder, state_dict
 from flowjax.interop.dit import stack, unstack
+from flowjax.interop.fields import CLASSES, DDPM, FLOW, Fields, image, means, needs, of_classes, plain_dit, plain_input, square
 from flowjax.interop.mmdit import placeholders
 from flowjax.models.dit import DiT
 from flowjax.models.layers import sincos_2d
@@ -125,3 +127,47 @@ def _joined(state):
         elif ".attn.qkv." not in key:
             out[key] = value
     return out
+
+
+def read_dit(c: Fields) -> dict:
+    """The arguments of the class DiT of the paper's code."""
+    return _read(c, 1000.0) | DDPM | {"sample": {"sampler": "ddim", **CLASSES}}
+
+
+def read_sit(c: Fields) -> dict:
+    """The arguments of the class SiT of the paper's code."""
+    meaning = FLOW | {"input_scaling": {"name": "reversed"}}
+    return _read(c, 1.0) | meaning | {"sample": {"sampler": "heun", **CLASSES}}
+
+
+def _read(c, time_scale):
+    if not c.take("class_dropout_prob", 0.1):
+        raise ConfigError(f"{c.where}: class_dropout_prob = 0 is not supported: the label table then has no row for 'no class'")
+    model = {
+        "name": "dit", "depth": c.take("depth", 28), "width": c.take("hidden_size", 1152), "heads": c.take("num_heads", 16),
+        "patch": c.take("patch_size", 2), "num_classes": c.take("num_classes", 1000), "mlp_ratio": c.take("mlp_ratio", 4.0),
+        "learn_sigma": c.take("learn_sigma", True), "time_scale": time_scale,
+    }  # fmt: skip
+    return of_classes(model, image(c.take("input_size", 32), c.take("in_channels", 4)))
+
+
+def write_dit(net, info) -> dict:
+    """The arguments of the paper's DiT."""
+    plain_input(info, "the paper's DiT")
+    return _write(net, info, "the paper's DiT", 1000.0)
+
+
+def write_sit(net, info) -> dict:
+    """The arguments of the paper's SiT; only of a network that gets its time as a SiT does, which an imported one is."""
+    means(info, "the paper's SiT", **FLOW | {"input_scaling": {"name": "reversed"}})
+    return _write(net, info, "the paper's SiT", 1.0)
+
+
+def _write(net, info, library, time_scale):
+    plain_dit(net, library)
+    needs(net, library, frequency_shift=0.0, time_scale=time_scale, out_channels=0)
+    return {
+        "input_size": square(info, library), "patch_size": net.patch, "in_channels": info["shape"][-1], "hidden_size": net.width,
+        "depth": net.depth, "num_heads": net.heads, "mlp_ratio": net.mlp_ratio, "class_dropout_prob": 0.1,
+        "num_classes": net.num_classes, "learn_sigma": net.learn_sigma,
+    }  # fmt: skip
