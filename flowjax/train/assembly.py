@@ -298,8 +298,9 @@ class Run:
         classes in turn."""
         count, cond = section["count"], {}
         if {*self.pipeline.conditions} - {"label"}:
-            stream = self.stream(self.config["validation"]["split"], 0, shuffle=False)
-            cond = {k: np.resize(v, (count, *v.shape[1:])) for k, v in next(stream)["cond"].items()}
+            # Not this process's rows: every process draws the same pictures.
+            first = next(pipeline(self.config["data"], self.config["batch_size"], 0, split=self.config["validation"]["split"], shuffle=False))
+            cond = {k: np.resize(v, (count, *v.shape[1:])) for k, v in first["cond"].items()}
         if section["prompts"]:
             ids = self.tokens(section["prompts"], "sample.prompts")["tokens"]
             cond["tokens"] = np.resize(ids, (count, *ids.shape[1:]))
