@@ -62,14 +62,9 @@ def test_pixels_from_prompts(shell, emoji):
     near = np.load(shell.home / "near" / "samples.npz")["x"]
     assert np.abs(near[0] - near[1]).mean() < np.abs(painted[0, :, 32:] - painted[1, :, 32:]).mean()
     for flags, message in (
-        (("--prompt=x", "--mask=mask.png"), "--mask and --strength say"),
-        (("--prompt=x", "--init=mask.png", "--mask=pictures.png"), "pictures.png"),
         ((), "give --prompt or --prompts"),
-        (("--labels=1",), "asked by --prompt"),
         (("--prompt=" + "long " * 30,), "tokens, but text.length = 24"),
         (("--prompt=x", "--size=30"), "not divide"),
-        (("--prompt=x", "--size=wide"), "--size=wide should be HEIGHTxWIDTH"),
-        (("--prompts=nowhere",), "--prompts=nowhere"),
         (("--prompt=x", "--negative=y", "--guidance=none"), "a negative prompt needs guidance"),
     ):
         said = shell(*ask, *flags, "--out=bad", code=2)

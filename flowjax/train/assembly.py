@@ -296,8 +296,9 @@ class Run:
     def asked(self, section):
         """Conditions for the `count` samples of a `sample` section: its prompts, or those of the validation split's first rows;
         classes in turn."""
-        count, cond = section["count"], {}
-        if {*self.pipeline.conditions} - {"label"}:
+        count = section["count"]
+        cond = dict(conditions.zeros(self.pipeline.conditions, count))
+        if section["every"] and {*cond} - {"label"}:  # without pictures only the shapes matter, and nothing need be there to read
             # Not this process's rows: every process draws the same pictures.
             first = next(pipeline(self.config["data"], self.config["batch_size"], 0, split=self.config["validation"]["split"], shuffle=False))
             cond = {k: np.resize(v, (count, *v.shape[1:])) for k, v in first["cond"].items()}

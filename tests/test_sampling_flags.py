@@ -1,0 +1,87 @@
+"""What the sampling binaries make of their flags; what they refuse."""
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from experiments import sampling
+from flowjax.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def given():
+    """given(--flags): parse them; afterwards all are back at their defaults."""
+    values = flags.FLAGS
+    names = [f.name for f in vars(sampling).values() if isinstance(f, flags.FlagHolder)]
+
+    def parse(*arguments):
+        for name in names:
+            values[name].unparse()
+        values(["binary", "--checkpoint=nowhere", *arguments], known_only=True)
+
+    yield parse
+    parse()
+
+
+CAPTIONED = {"text": {"name": "bytes", "length": 8}, "data": {}, "config": {"sample": {"count": 6, "prompts": ["a", "b"]}}}
+CLASSES = {"num_classes": 3, "model": {"num_classes": 3}, "config": {"sample": {"count": 6}}}
+
+
+def test_sizes():
+    assert sampling.size("64x96") == (64, 96) and sampling.size("32") == (32, 32)
+    for wrong in ("wide", "64x", "0", "1x2x3", "-4"):
+        with pytest.raises(ConfigError, match="should be HEIGHTxWIDTH"):
+            sampling.size(wrong)
+
+
+def test_prompts_come_together_and_in_order(given, tmp_path):
+    (tmp_path / "p.txt").write_text("x\n\n y \n")
+    given("--prompt=one", "--prompt=two", f"--prompts={tmp_path / 'p.txt'}")
+    count, cond, rows = sampling.asked("nowhere", CAPTIONED, 6)
+    assert rows == ["one", "one", "two", "two", "x", "x"] and count == 6 and cond["tokens"].shape == (6, 8)
+    assert bytes(int(i) - 1 for i in cond["tokens"][4] if i) == b"x"
+    assert sampling.asked("nowhere", CAPTIONED, 0)[0] == 4 * sampling.EACH
+    given()
+    assert sampling.asked("nowhere", CAPTIONED, 4)[2] == ["a", "a", "b", "b"]  # the run's own
+
+
+@pytest.mark.parametrize(
+    ("flag", "info", "message"),
+    [
+        ("--labels=1", CAPTIONED, "asked by --prompt"),
+        ("--prompts=nowhere.txt", CAPTIONED, "--prompts=nowhere.txt"),
+        ("--prompt=123456789", CAPTIONED, "9 tokens, but text.length = 8"),
+        ("--prompt=x", CLASSES, "--prompt: this network was not trained with captions"),
+        ("--negative=x", CLASSES, "--negative: this network was not trained with captions"),
+        ("--labels=3", CLASSES, "classes are 0 to 2"),
+    ],
+)
+def test_refused(given, flag, info, message):
+    given(flag)
+    with pytest.raises(ConfigError, match=message):
+        sampling.asked("nowhere", info, 0)
+
+
+def test_images_to_edit(given, tmp_path):
+    info = {"image_shape": [8, 8, 3]}
+    Image.new("RGB", (16, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "half.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
+    given(f"--init={tmp_path / 'red.png'}")
+    edit = sampling.edit(info)["edit"]
+    np.testing.assert_allclose(edit.image, np.broadcast_to([1.0, -1, -1], (8, 8, 3)))
+    assert edit.keep is None and edit.strength == 0.6
+    given(f"--init={tmp_path / 'red.png'}", f"--mask={tmp_path / 'half.png'}")
+    edit = sampling.edit(info)["edit"]
+    assert edit.strength == 1.0 and edit.keep[:, :4].all() and not edit.keep[:, 4:].any()
+    given(f"--init={tmp_path / 'red.png'}", f"--mask={tmp_path / 'white.png'}")
+    with pytest.raises(ConfigError, match="white all over: nothing to keep"):
+        sampling.edit(info)
+    given("--strength=0.5")
+    with pytest.raises(ConfigError, match="--init"):
+        sampling.edit(info)
+    given()
+    assert sampling.edit(info) == {}
