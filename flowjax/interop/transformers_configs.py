@@ -82,9 +82,10 @@ def read_clip_vision(c: Fields) -> dict:
 def read_clip(c: Fields) -> dict:
     """transformers' CLIPModel."""
     c.only("architectures", ("CLIPModel",))
-    text, image = _of_both(c, "text", _text_tower), _of_both(c, "vision", _image_tower)
-    model = {"name": "clip", "text": text, "image": image, "features": _both(c)}
-    return {"model": model, "shape": image(image["grid"] * image["patch"], 3), "conditions": {"tokens": [text["length"]]}}
+    towers = {"text": _of_both(c, "text", _text_tower), "image": _of_both(c, "vision", _image_tower)}
+    side = towers["image"]["grid"] * towers["image"]["patch"]
+    model = {"name": "clip", **towers, "features": _both(c)}
+    return {"model": model, "shape": image(side, 3), "conditions": {"tokens": [towers["text"]["length"]]}}
 
 
 def write_clip_text(net, info) -> dict:
