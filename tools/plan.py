@@ -111,7 +111,8 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     if chip:
         # At least this much goes through memory: what a step is given, gives back, and keeps in between (written and read).
         traffic = memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * memory.temp_size_in_bytes
-        seconds = {"compute": executed / count / chip.flops, "memory": traffic / chip.bandwidth, "network": sent / chip.ring}
+        # What a kernel does is not in the program's text: no program executes less than is needed.
+        seconds = {"compute": max(executed, needed) / count / chip.flops, "memory": traffic / chip.bandwidth, "network": sent / chip.ring}
         step, ideal = max(seconds.values()), needed / count / chip.flops
         out["roofline"] = {
             "seconds": seconds, "step": step, "bound by": max(seconds, key=seconds.get), "mfu at most": ideal / step,
