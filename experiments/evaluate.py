@@ -15,6 +15,7 @@ from flowjax.train import runtime
 
 RECORD = flags.DEFINE_string("record", "", "JSON file to write; default: <checkpoint>/evaluation-<weights>-<step>-<hash>.json.")
 METRICS = flags.DEFINE_list("metrics", [], "Metrics instead of the run's config.")
+DATA = flags.DEFINE_string("data", "", "Data section (or name) to measure against instead of the run's, e.g. \"{'name': 'array_record', 'path': ...}\".")
 FEATURES = flags.DEFINE_list("features", [], "Feature networks instead of the run's config.")
 
 
@@ -88,6 +89,8 @@ def main():
     checkpoint, weights = sampling.CHECKPOINT.value, sampling.WEIGHTS.value
     role, params, info = export.load(checkpoint, weights)
     section = info["config"]["evaluate"]
+    if DATA.value:
+        info = {**info, "data": {}, "config": {**info["config"], "data": shell.section(DATA.value, "data")}}
     if role.module.kind == "autoencoder":
         circumstances, results = measure_autoencoder(role, params, info, section)
     else:

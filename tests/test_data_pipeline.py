@@ -472,3 +472,9 @@ def test_expectations_of_the_data(tmp_path):
         pipeline({**section, "expect_classes": 4}, 8, 0)
     promise = module.declared({**section, "path": "nowhere"})
     assert promise.shape == (4, 4, 2) and promise.num_classes == 3 and promise.manifest["declared"]
+
+
+def test_no_data_at_all():
+    for read in (lambda: pipeline(None, 2, 0), lambda: arrays(None)):
+        with pytest.raises(ConfigError, match="no data: this network was converted"):
+            read()

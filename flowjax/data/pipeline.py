@@ -300,6 +300,8 @@ class Pipeline:
 
 
 def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
+    if section is None:
+        raise ConfigError("no data: this network was converted, not trained here; say which data to use (--data)")
     name, settings = split_section(section, "data")
     if name != "mixture":
         return [_Part(section, split)], (1.0,)
