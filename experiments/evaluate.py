@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 
 from experiments import sampling, shell
-from flowjax.config import ConfigError
+from flowjax.config import ConfigError, keywords
 from flowjax.train import runtime
 
 RECORD = flags.DEFINE_string("record", "", "JSON file to write; default: <checkpoint>/evaluation-<weights>-<step>-<hash>.json.")
@@ -90,7 +90,8 @@ def main():
     role, params, info = export.load(checkpoint, weights)
     section = info["config"]["evaluate"]
     if DATA.value:
-        info = {**info, "data": {}, "config": {**info["config"], "data": shell.section(DATA.value, "data")}}
+        other = keywords(shell.section(DATA.value, "data")) | ({"text": info["text"]} if info.get("text") else {})
+        info = {**info, "data": {}, "config": {**info["config"], "data": other}}
     if role.module.kind == "autoencoder":
         circumstances, results = measure_autoencoder(role, params, info, section)
     else:
