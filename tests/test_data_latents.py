@@ -13,7 +13,7 @@ from flowjax.config import ConfigError
 from flowjax.data import latents, records
 from flowjax.data.pipeline import arrays, ordered, pipeline
 from flowjax.models import vae
-from flowjax.train import export
+from flowjax.train import export, generator
 from flowjax.train.assembly import Run
 from flowjax.train.roles import Latents
 
@@ -216,6 +216,9 @@ def test_latents_of_another_autoencoder_are_refused(made, tmp_path):
     """Other statistics are another autoencoder: the latents would be standardised by one and decoded by another."""
     run = Run(latent_run(made))
     assert run.example[0].shape == (1, 4, 4, 2) and not run.frozen
+    info = run.info(0, "run")
+    assert info["shape"] == [4, 4, 2] and info["image_shape"] == [8, 8, 1]  # what comes out, not what is read
+    assert generator.resized(info, (16, 8)) == (8, 4, 2)
     role, params, info = export.load(made[0])
     others = {
         "weights": (jax.tree.map(lambda v: v * 1.001, params), info),

@@ -268,7 +268,7 @@ class Pipeline:
     """Iterator over batches; its whole state is the number of the next one.
 
     Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example, `conditions`
-    those of its condition by name (flowjax.conditions), `tokenizer` is None without `text`.
+    those of its condition by name (flowjax.conditions), `tokenizer` is None without `text`, the section that describes it.
     """
 
     def __init__(self, batches: _Batches, manifest: dict[str, Any], start: int):
@@ -276,7 +276,7 @@ class Pipeline:
 
         first = batches.parts[0]
         self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
-        self.conditions, self.tokenizer = first.conditions, first.tokenizer
+        self.conditions, self.tokenizer, self.text = first.conditions, first.tokenizer, first.common.text
         size = 4 * math.prod(self.shape) * batches.batch_size // batches.process_count
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
         self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
@@ -365,7 +365,7 @@ def pipeline(
             "num_classes": parts[0].num_classes,
             "weights": list(weights),
             "parts": [p.manifest for p in parts],
-        }
+        } | {k: v for k, v in manifest.items() if k == "tokenizer"}  # the parts have the same one
     return Pipeline(_Batches(parts, weights, batch_size, seed, process_index, process_count, shuffle, count), manifest, start)
 
 

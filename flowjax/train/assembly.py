@@ -145,16 +145,17 @@ class Run:
             if vocab and vocab < self.pipeline.tokenizer.vocab:
                 where = "model" if name == "net" else f"roles.{name}"
                 raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.pipeline.tokenizer.vocab} tokens")
-        idle = {*self.pipeline.conditions} - {"label"} - ({"tokens"} if "text" in self.roles else set())
-        read = set()
+        idle, read = {*self.example[1]} - {"label"}, set()
         for name in self.trained:
             x, cond = self.example
             cond = conditions.Watched(cond)
             jax.eval_shape(lambda key, name=name, cond=cond: self.roles[name].init(key, x, cond), jax.random.key(0))
             read |= cond.read
+        if "text" in self.roles and read & {"text", "pooled"}:
+            idle -= {"text", "pooled"}  # the encoder gives both, and one may be all that is needed
         if idle - read:
             name = self.config["model"]["name"]
-            raise ConfigError(f"the data has {', '.join(sorted(idle - read))} (data.text, or embeddings), but model {name!r} does not use them")
+            raise ConfigError(f"the data has {', '.join(sorted(idle - read))} (data.text, roles.text, or embeddings), but model {name!r} does not use them")
 
     def _encoded(self) -> bool:
         """Whether the data are latents already (flowjax.data.latents): then roles.vae only decodes, and must be who made them."""
@@ -184,6 +185,13 @@ class Run:
             text = self.roles["text"].net(self.loaded["text"][0])
             cond = conditions.zeros(conditions.shapes_of(jax.eval_shape(lambda c: conditions.embed(text, c), cond)), 1)
         return jnp.zeros((1, *shape), jnp.float32), cond
+
+    def _image_shape(self):
+        """Shape of one sample, whether the data are images or the latents of some."""
+        if not (self.encoded and "vae" in self.roles):
+            return self.pipeline.shape
+        codec = self.roles["vae"].net(self.loaded["vae"][0])
+        return jax.eval_shape(codec.decode, self.example[0]).shape[1:]
 
     def _init_params(self, key):
         boxed = {}
@@ -293,19 +301,20 @@ class Run:
             raise ConfigError(f"{where} needs data.text, the tokenizer of captions")
         return {"tokens": self.pipeline.tokenizer(prompts, where)}
 
+    def first(self, count: int):
+        """The first `count` examples of the validation split, the same on every process."""
+        return next(pipeline(self.config["data"], count, 0, split=self.config["validation"]["split"], shuffle=False))
+
     def asked(self, section):
-        """Conditions for the `count` samples of a `sample` section: its prompts, or those of the validation split's first rows;
-        classes in turn."""
-        count = section["count"]
-        cond = dict(conditions.zeros(self.pipeline.conditions, count))
-        if section["every"] and {*cond} - {"label"}:  # without pictures only the shapes matter, and nothing need be there to read
-            # Not this process's rows: every process draws the same pictures.
-            first = next(pipeline(self.config["data"], self.config["batch_size"], 0, split=self.config["validation"]["split"], shuffle=False))
-            cond = {k: np.resize(v, (count, *v.shape[1:])) for k, v in first["cond"].items()}
+        """Conditions for the `count` samples of a `sample` section: its prompts and classes in turn, or what goes with the first
+        images of the validation split. Without pictures only the shapes matter, and nothing need be there to read."""
+        count, cond = section["count"], {}
         if section["prompts"]:
             ids = self.tokens(section["prompts"], "sample.prompts")["tokens"]
             cond["tokens"] = np.resize(ids, (count, *ids.shape[1:]))
-        if self.pipeline.num_classes:
+        if {*self.pipeline.conditions} - {"label", *cond}:
+            cond = (self.first(count)["cond"] if section["every"] else conditions.zeros(self.pipeline.conditions, count)) | cond
+        elif self.pipeline.num_classes:
             cond["label"] = generate.balanced_labels(count, self.pipeline.num_classes)
         return cond
 
@@ -352,8 +361,8 @@ class Run:
             **{k: self.config[k] for k in NETWORK},
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
-            "text": self.pipeline.tokenizer and self.config["data"].get("text"),
-            "image_shape": list(self.pipeline.shape), "config": self.config, "step": step, "weights": weights,
+            "text": self.pipeline.tokenizer and self.pipeline.text,
+            "image_shape": list(self._image_shape()), "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
         }

@@ -301,7 +301,7 @@ def _drawer(this, workdir):
     name = next((k for k, (_, of) in this.averages.items() if of == "net" and k not in this.objective.roles), None)
     weights = lambda state: state.params["net"] if name is None else state.ema[name]  # noqa: E731
     if role.module.kind == "autoencoder":
-        x = np.asarray(next(this.stream(this.config["validation"]["split"], 0, shuffle=False))["x"][:10])
+        x = np.asarray(this.first(10)["x"])
         fn = this.jit(lambda params, x: role.net(params).reconstruct(x))
 
         def draw(state, step):

@@ -1,0 +1,73 @@
+"""Captions in a run, assembled and not trained: what pictures are asked for, what the run says of itself, what it refuses."""
+
+import jax
+import numpy as np
+import pytest
+from flax.core import meta
+from train_runs import DIT, tiny
+
+from flowjax.config import ConfigError
+from flowjax.data import records
+from flowjax.models.text import TextTransformer
+from flowjax.train import export
+from flowjax.train.assembly import Run
+
+TEXT = {"name": "bytes", "length": 6}
+ENCODER = {"vocab": 257, "length": 6, "width": 8, "depth": 1, "heads": 2}
+JIT = {"name": "jit", "depth": 2, "width": 16, "heads": 2, "patch": 4, "bottleneck": 4, "context_from": 1, "class_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A section of 8x8 images of three classes, whose captions and labels say the same."""
+    out = tmp_path_factory.mktemp("captioned") / "d"
+    rows = (
+        (split, f"{i}", {"image": np.full((8, 8, 1), i, np.uint8), "label": (i // 2) % 3, "caption": f"{(i // 2) % 3}"})
+        for split in ("train", "test") for i in range(16)
+    )  # fmt: skip
+    records.write(out, rows, name="captioned", num_classes=3, class_names=("a", "b", "c"))
+    return {"name": "array_record", "path": str(out), "text": TEXT}
+
+
+def run(data, model=(), **changes):
+    model = {**JIT, "text_encoder": ENCODER, **dict(model)}
+    return Run(tiny(**({"data": data, "model": model, "prediction": "x"} | changes)))
+
+
+def said(cond):
+    return [bytes(int(i) - 1 for i in row if i).decode() for row in cond["tokens"]]
+
+
+def test_pictures_are_asked_for_the_same_on_every_process_and_without_contradiction(captioned, monkeypatch):
+    this = run(captioned, {"num_classes": 3})
+    section = this.config["sample"] | {"every": 1, "count": 7}
+    cond = this.asked(section)
+    assert said(cond) == ["0", "0", "1", "1", "2", "2", "0"] == [str(label) for label in cond["label"]]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    np.testing.assert_array_equal(this.asked(section)["tokens"], cond["tokens"])
+    assert this.first(3)["x"].shape == (3, 8, 8, 1) and this.first(3)["x"][2].max() == np.float32(2 / 127.5 - 1)
+    # Prompts and classes are asked in turn; without pictures nothing is read.
+    cond = this.asked(section | {"prompts": ["x", "y"]})
+    assert said(cond) == ["x", "y"] * 3 + ["x"] and list(cond["label"]) == [0, 1, 2, 0, 1, 2, 0]
+    this.config["validation"]["split"] = "nowhere"
+    assert {k: v.shape for k, v in this.asked(section | {"every": 0}).items()} == {"label": (7,), "tokens": (7, 6)}
+    assert said(this.asked(section | {"prompts": ["x"]})) == ["x"] * 7
+
+
+def test_a_mixture_says_which_tokenizer_it_has(captioned):
+    info = run({"name": "mixture", "parts": [captioned, captioned], "weights": [1, 2]}).info(0, "run")
+    assert info["text"] == TEXT and info["data"]["tokenizer"]["vocab"] == 257
+    assert export.tokenizer_of("nowhere", info)(["a"])[0, 0] == 98
+
+
+def test_captions_that_are_embedded_and_not_looked_at_are_refused(captioned, tmp_path):
+    """A frozen text encoder makes two conditions of the captions, of which at least one has to be used."""
+    params = TextTransformer(**ENCODER).init(jax.random.key(0), np.zeros((1, 6), np.int32))["params"]
+    info = {"model": {"name": "text", **ENCODER}, "path": "rectified", "prediction": "velocity", "shape": [8, 8, 1], "conditions": {"tokens": [6]}}
+    export.write(tmp_path / "text", meta.unbox(params), info)
+    roles = {"text": {"checkpoint": str(tmp_path / "text")}}
+    with pytest.raises(ConfigError, match=r"the data has pooled, text \(data.text, roles.text, or embeddings\), but model 'dit' does not use them"):
+        Run(tiny(data=captioned, model={**DIT, "num_classes": 3}, roles=roles))
+    this = Run(tiny(data=captioned, model={"name": "mmdit", "depth": 1, "width": 16, "heads": 2, "table": 4, "base": 4}, roles=roles))
+    assert {k: v.shape for k, v in this.example[1].items()} == {"label": (1,), "text": (1, 6, 8), "pooled": (1, 8)}
