@@ -4,7 +4,7 @@
     python -m experiments.train --config=configs/emoji_vae.py:data/emoji --workdir=runs/emoji_vae
     python -m experiments.export --workdir=runs/emoji_vae        # measures and stores the statistics of the latents
     python -m experiments.evaluate --checkpoint=runs/emoji_vae/export
-    python -m tools.encode_latents --vae=runs/emoji_vae/export --config=configs/emoji_vae.py:data/emoji --out=data/emoji_latents
+    python -m tools.encode_latents --vae=runs/emoji_vae/export --out=data/emoji_latents
 
 PSNR on held-out emoji: 26.7 dB by a run of 1,200 steps (a quarter of an hour on one busy core), still rising; 4,000 steps aim at 28.
 
@@ -15,9 +15,7 @@ from flowjax.train.settings import config_dict
 
 
 def get_config(arg: str = "data/emoji"):
-    """arg: directory of the prepared data, with "smoke:" (a few steps of a tiny network) and PSNR on held-out emoji: 26.7 dB by a run of 1,200 steps (a quarter of an hour on one busy core), still rising; 4,000 steps aim at 28.
-
-"gan:" before it, in this order."""
+    """arg: directory of the prepared data, with "smoke:" (a few steps of a tiny network) and "gan:" before it, in this order."""
     smoke, arg = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     gan, path = arg.startswith("gan:"), arg.removeprefix("gan:")
     steps = 4 if smoke else 4000
