@@ -39,7 +39,7 @@ def get_config(arg: str = "data/emoji"):
             "steps": 4 if smoke else 25, "sampler": "heun", "guidance": {"name": "cfg", "scale": 2.0}, "every": 4 if smoke else 1000,
             "count": 8 if smoke else 64,
         },
-        evaluate={"count": 16 if smoke else 160, "metrics": ("frechet",), "features": ("pixels",)},
+        evaluate={"count": 16 if smoke else 160, "metrics": ("frechet",), "features": ({"name": "pca", "dim": 4 if smoke else 64},)},
         checkpoint={"every": 2 if smoke else 500},
         validation={"every": 4 if smoke else 500, "batches": 1 if smoke else 2},
         log={"every": 1 if smoke else 50},

@@ -279,3 +279,14 @@ def test_bad_input_is_refused_in_plain_words(bad, message):
     }
     with pytest.raises(ConfigError, match=message):
         evaluate(**case)
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_principal_components_are_scikit_learns(count):
+    """With fewer images than pixels as with more; up to the sign of each component."""
+    from sklearn.decomposition import PCA
+
+    images = np.random.default_rng(count).integers(0, 256, (count, 3, 4, 1), np.uint8)
+    ours = features.pca(images, 3)(images)
+    theirs = PCA(3).fit_transform(features.dequantise(images).reshape(count, -1).astype(np.float64))
+    np.testing.assert_allclose(np.abs(ours), np.abs(theirs), atol=1e-9)

@@ -64,7 +64,13 @@ def pca(images: np.ndarray, dim: int = 64) -> Features:
         raise ConfigError(f"pca.dim = {dim} must lie in 1..{min(flat.shape)} for train images of shape {images.shape}")
     mean = flat.mean(0)
     centred = flat - mean
-    basis = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :dim]
+    if len(flat) >= flat.shape[1]:
+        basis = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :dim]
+    else:  # the same directions from the smaller of the two products
+        values, rows = (v[..., ::-1][..., :dim] for v in np.linalg.eigh(centred @ centred.T))
+        if not values[-1] > 1e-9 * values[0]:
+            raise ConfigError(f"pca.dim = {dim}: {len(flat)} train images span fewer directions")
+        basis = centred.T @ rows / np.sqrt(values)
     return Features("pca", fingerprint(mean, basis), dim, lambda x: (dequantise(x).reshape(len(x), -1) - mean) @ basis)
 
 
