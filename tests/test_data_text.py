@@ -105,6 +105,8 @@ def test_the_first_caption_and_a_curriculum(captioned):
     pipe = pipeline(captioned | {"curriculum": 80}, 8, 0)
     met = [{*said(next(pipe))} - {"x"} for _ in range(30)]
     assert met[:3] == [{"b"}] * 3  # the shortest, for the first third of 80 examples
+    held_out = pipeline(captioned | {"curriculum": 80}, 8, 0, shuffle=False)
+    assert set().union(*(said(next(held_out)) for _ in range(9))) == {"x", "b", "cc", "aaa"}
     assert set().union(*met[4:6]) == {"b", "cc"} and set().union(*met[10:]) == {"b", "cc", "aaa"}
 
 

@@ -9,7 +9,7 @@ from train_runs import DIT, tiny
 from flowjax.config import ConfigError
 from flowjax.data import records
 from flowjax.models.text import TextTransformer
-from flowjax.train import export
+from flowjax.train import export, loop
 from flowjax.train.assembly import Run
 
 TEXT = {"name": "bytes", "length": 6}
@@ -71,3 +71,12 @@ def test_captions_that_are_embedded_and_not_looked_at_are_refused(captioned, tmp
         Run(tiny(data=captioned, model={**DIT, "num_classes": 3}, roles=roles))
     this = Run(tiny(data=captioned, model={"name": "mmdit", "depth": 1, "width": 16, "heads": 2, "table": 4, "base": 4}, roles=roles))
     assert {k: v.shape for k, v in this.example[1].items()} == {"label": (1,), "text": (1, 6, 8), "pooled": (1, 8)}
+
+
+def test_a_run_goes_on_with_its_own_tokenizer(captioned, tmp_path):
+    this = run(captioned)
+    loop._claim(tmp_path, this)
+    loop._claim(tmp_path, this)
+    this.pipeline.manifest["tokenizer"] = {"vocab": 257, "sha256": "of another file"}
+    with pytest.raises(ConfigError, match="the tokenizer changed since .* began: .* -> .*of another file"):
+        loop._claim(tmp_path, this)

@@ -41,7 +41,7 @@ class _Common(NamedTuple):
     resize: shorter side, centre crop; pad: then a black border up to this size; flip: left and right, by chance.
     text: the tokenizer of the captions, "" for none. An image may have several captions: one is chosen at "random" each time it
     is shown, or always the "first"; with curriculum = n the choice begins with the shortest and widens to all of them over the
-    first n examples of the stream.
+    first n examples of the shuffled stream; held-out examples, in order, are shown with all.
     expect_shape, expect_classes and expect_cond ({name: shape}, labels apart) say what the finished examples must be; with
     them a run can be planned without the data.
     """
@@ -177,18 +177,17 @@ class _Part:
                 indices[epochs == epoch] = counter.permute(key, indices[epochs == epoch], len(self.source))
         out = dict(self.rows(indices))
         if self.tokenizer:
-            out["tokens"] = self._tokens(out.pop("caption"), indices, positions, seed)
+            out["tokens"] = self._tokens(out.pop("caption"), indices, positions, seed, self.common.curriculum if shuffle else 0)
         if self.common.flip:
             flipped = counter.uniform(counter.make_key(seed, _FLIP), positions) < 0.5
             for key in out.keys() & _PIXELS.keys():
                 out[key] = np.where(flipped[:, None, None, None], out[key][:, :, ::-1], out[key])
         return out
 
-
-    def _tokens(self, captions, rows, positions, seed: int) -> np.ndarray:
+    def _tokens(self, captions, rows, positions, seed: int, curriculum: int) -> np.ndarray:
         """Token ids of one caption of each row; several are separated by new lines."""
         chance = counter.uniform(counter.make_key(seed, _CAPTION), positions)
-        widening = np.minimum(1.0, (positions + 1) / self.common.curriculum) if self.common.curriculum else np.ones(len(positions))
+        widening = np.minimum(1.0, (positions + 1) / curriculum) if curriculum else np.ones(len(positions))
 
         def choose(text, u, share):
             several = text.split("\n")
@@ -313,6 +312,7 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
     if not sections or len(weights) != len(sections) or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"data.weights = {weights} must be {len(sections)} positive numbers, one for each of data.parts")
     parts = [_Part(s, split) for s in sections]
+
     def kind(p):
         columns = sorted({*p.manifest["columns"]} - {"caption"})
         return p.shape, p.manifest["dtype"], p.num_classes, columns, p.conditions, p.common.text

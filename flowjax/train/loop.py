@@ -238,8 +238,11 @@ def _claim(workdir, this):
     file = workdir / "config.json"
     info = this.info(0, "run")
     if file.exists():
+        stored = json.loads(file.read_text())
+        if "tokenizer" in stored["data"] and stored["data"]["tokenizer"] != info["data"].get("tokenizer"):
+            raise ConfigError(f"the tokenizer changed since {workdir} began: {stored['data']['tokenizer']} -> {info['data'].get('tokenizer')}")
         # Resolved anew, so that a setting which a later version added counts as its default.
-        before = settings.resolve(json.loads(file.read_text())["config"])
+        before = settings.resolve(stored["config"])
         changed = settings.differences(before, this.config)
         refused = [line for line in changed if not line.startswith(tuple(settings.MAY_CHANGE))]
         both = before["steps"], this.config["steps"]
