@@ -39,8 +39,12 @@ def measure_samples(role, params, info, section, checkpoint):
     from flowjax.data.pipeline import arrays
     from flowjax.evals import protocol
     from flowjax.evals.evaluate import evaluate
-    from flowjax.train import generator
+    from flowjax.train import export, generator
 
+    strange = ["prompt", "prompts", "size", "init", "strength", "mask"] + ["labels"] * (not info["model"].get("num_classes"))
+    if given := [k for k in strange if flags.FLAGS[k].present]:
+        raise ConfigError(f"--{given[0]} means nothing here: this network is measured as it was trained, against the held-out split")
+    data = keywords(info["config"]["data"])
     count = sampling.COUNT.value or section["count"]
     seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
     chosen = sampling.options(info)
@@ -52,13 +56,16 @@ def measure_samples(role, params, info, section, checkpoint):
             cond = {"label": protocol.labels(count, info["num_classes"], rule, seed)}
     elif info.get("text"):
         rule = f"captions of {section['test_split']}, in turn"
-        tokens = arrays(info["config"]["data"], section["test_split"])["cond"]["tokens"]
+        tokenizer = export.tokenizer_of(checkpoint, info)
+        text = info["text"] | ({"path": str(tokenizer.file)} if tokenizer.file else {})
+        tokens = arrays(data | {"text": text}, section["test_split"])["cond"]["tokens"]
         cond = {"tokens": np.resize(tokens, (count, tokens.shape[1]))}
     x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
 
     def real(split):
-        # Samples are compared with images, not with latents made of them.
-        part = arrays(info["data"].get("latents", {}).get("section", info["config"]["data"]), split)
+        # Samples are compared with images, not with latents made of them, and whatever is said of them.
+        images = keywords(info["data"].get("latents", {}).get("section", data))
+        part = arrays({k: v for k, v in images.items() if k not in ("text", "captions", "curriculum")}, split)
         return {"x": part["x"], "label": part["cond"].get("label", np.zeros(len(part["x"]), np.int32))}
 
     results = evaluate(
@@ -74,6 +81,8 @@ def measure_samples(role, params, info, section, checkpoint):
     )
     about = results.pop("circumstances")
     guidance = None if chosen["guidance"] == "none" else chosen["guidance"]
+    if chosen["negative"]:
+        guidance = keywords(guidance) | {"negative": chosen["negative"]}
     results["clipped"] = about["clipped"]
     return {
         "sampler": {"sampler": chosen["sampler"], "grid": chosen["grid"]}, "steps": chosen["steps"], "guidance": guidance,
@@ -90,8 +99,8 @@ def main():
     role, params, info = export.load(checkpoint, weights)
     section = info["config"]["evaluate"]
     if DATA.value:
-        other = keywords(shell.section(DATA.value, "data")) | ({"text": info["text"]} if info.get("text") else {})
-        info = {**info, "data": {}, "config": {**info["config"], "data": other}}
+        other = shell.section(DATA.value, "data")
+        info = {**info, "data": {k: v for k, v in info["data"].items() if k == "tokenizer"}, "config": {**info["config"], "data": other}}
     if role.module.kind == "autoencoder":
         circumstances, results = measure_autoencoder(role, params, info, section)
     else:

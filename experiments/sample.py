@@ -30,7 +30,7 @@ def main():
     x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
     out = pathlib.Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    told = {**{k: v for k, v in chosen.items() if k != "edit"}, **sampling.edit_flags(), "seed": seed, "checkpoint": checkpoint, "step": info["step"], "weights": info["weights"]}
+    told = {**sampling.told(chosen), "seed": seed, "checkpoint": checkpoint, "step": info["step"], "weights": info["weights"]}
     said = {"prompt": np.array(prompts)} if prompts else {}
     np.savez(out / "samples.npz", x=x, settings=json.dumps(told), **cond, **said)
     columns = prompts.count(prompts[0]) if prompts else 10

@@ -17,7 +17,7 @@ PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts, one a line.")
 NEGATIVE = flags.DEFINE_string("negative", "", "A prompt to be guided away from, in place of no prompt.")
 SIZE = flags.DEFINE_string("size", "", "HEIGHTxWIDTH of the images in pixels, where it is not that of the training, or one number.")
 INIT = flags.DEFINE_string("init", "", "An image to begin with (SDEdit) or to repaint a part of; scaled and cropped to the size that is made.")
-STRENGTH = flags.DEFINE_float("strength", 0.0, "With --init, the time to start at: near 0 keeps the image, 1 forgets it. Default: 0.6; 1 with --mask.")
+STRENGTH = flags.DEFINE_float("strength", None, "With --init, the time to start at: near 0 keeps the image, 1 forgets it. Default: 0.6; 1 with --mask.")
 MASK = flags.DEFINE_string("mask", "", "With --init, an image of the same size: what is white is painted anew, the rest stays.")
 SEED = flags.DEFINE_integer("seed", -1, "Noise of sample i is a function of (seed, i); -1: as in the run's config.", lower_bound=-1)
 STEPS = flags.DEFINE_integer("steps", 0, "Sampler steps; 0: as in the run's config.", lower_bound=0)
@@ -41,7 +41,6 @@ def options(info: dict) -> dict:
     """Sampling settings: the run's, overridden by flags."""
     from flowjax.train import generator
 
-    chosen = generator.defaults(info)
     given = {
         "steps": STEPS.value,
         "sampler": section(SAMPLER.value, "sampler"),
@@ -49,7 +48,12 @@ def options(info: dict) -> dict:
         "guidance": guidance(GUIDANCE.value) if GUIDANCE.value else "",
     }
     given |= {"negative": NEGATIVE.value, "size": SIZE.value and size(SIZE.value)}
-    return chosen | {k: v for k, v in given.items() if v} | edit(info)
+    return generator.chosen(info, {k: v for k, v in given.items() if v}) | edit(info)
+
+
+def told(chosen: dict) -> dict:
+    """`options` for the record: files by their names."""
+    return {k: v for k, v in chosen.items() if k != "edit"} | {f.name: f.value for f in (INIT, STRENGTH, MASK) if f.value}
 
 
 def size(text: str) -> tuple[int, int]:
@@ -63,12 +67,14 @@ def size(text: str) -> tuple[int, int]:
 def edit(info: dict) -> dict:
     """{"edit": flowjax.editing.Edit} of --init, --strength and --mask, or {}."""
     if not INIT.value:
-        if MASK.value or STRENGTH.value:
+        if MASK.value or STRENGTH.value is not None:
             raise ConfigError("--mask and --strength say what to do with the image of --init")
         return {}
     from flowjax import editing
     from flowjax.data import images
 
+    if len(info["image_shape"]) != 3:
+        raise ConfigError(f"--init: this network makes no images, but {tuple(info['image_shape'])}")
     height, width = size(SIZE.value) if SIZE.value else info["image_shape"][:2]
     channels = info["image_shape"][2]
     fit = lambda path, channels: images.fit(images.decode(path, path, channels), height, width)  # noqa: E731
@@ -78,12 +84,8 @@ def edit(info: dict) -> dict:
         if keep.all() or not keep.any():
             raise ConfigError(f"--mask={MASK.value} is {'black' if keep.all() else 'white'} all over: nothing to {'paint' if keep.all() else 'keep'}")
     picture = fit(INIT.value, channels).astype(np.float32) / 127.5 - 1
-    return {"edit": editing.Edit(picture, keep, STRENGTH.value or (1.0 if MASK.value else 0.6))}
-
-
-def edit_flags() -> dict:
-    """What was asked of an image, for the record."""
-    return {f.name: f.value for f in (INIT, STRENGTH, MASK) if f.value}
+    usual = 1.0 if MASK.value else 0.6
+    return {"edit": editing.Edit(picture, keep, usual if STRENGTH.value is None else STRENGTH.value)}
 
 
 def prompts() -> list[str]:
@@ -101,16 +103,19 @@ def prompts() -> list[str]:
 
 
 def captions(source, info, count: int) -> tuple[dict, list[str]]:
-    """(cond, the prompt of each sample) for `count` samples, all of one prompt together; count 0 is EACH of every prompt."""
+    """(cond, the prompt of each sample) for `count` samples, all of one prompt together and about as many of each; count 0 is
+    EACH of every prompt."""
     from flowjax.train import export
 
-    asked = prompts() or list(info["config"]["sample"].get("prompts") or ())
+    asked = prompts()
+    if count and count < len(asked):
+        raise ConfigError(f"--count={count} is less than the {len(asked)} prompts")
+    asked = asked or list(info["config"]["sample"].get("prompts") or ())
     if not asked:
         raise ConfigError("this network draws what a caption says: give --prompt or --prompts")
-    each = -(-count // len(asked)) if count else EACH
-    rows = [p for p in asked for _ in range(each)][: count or None]
-    ids = export.tokenizer_of(source, info)(asked, "--prompt")
-    return {"tokens": np.repeat(ids, each, 0)[: len(rows)]}, rows
+    count = count or EACH * len(asked)
+    which = np.arange(count) * len(asked) // count
+    return {"tokens": export.tokenizer_of(source, info)(asked, "--prompt")[which]}, [asked[i] for i in which]
 
 
 def asked(source, info: dict, count: int) -> tuple[int, dict, list[str]]:

@@ -1,5 +1,7 @@
 """What the sampling binaries make of their flags; what they refuse."""
 
+import json
+
 import numpy as np
 import pytest
 from absl import flags
@@ -39,11 +41,25 @@ def test_prompts_come_together_and_in_order(given, tmp_path):
     (tmp_path / "p.txt").write_text("x\n\n y \n")
     given("--prompt=one", "--prompt=two", f"--prompts={tmp_path / 'p.txt'}")
     count, cond, rows = sampling.asked("nowhere", CAPTIONED, 6)
-    assert rows == ["one", "one", "two", "two", "x", "x"] and count == 6 and cond["tokens"].shape == (6, 8)
-    assert bytes(int(i) - 1 for i in cond["tokens"][4] if i) == b"x"
+    assert rows == ["one", "one", "two", "x", "x", "y"] and count == 6 and cond["tokens"].shape == (6, 8)
+    assert bytes(int(i) - 1 for i in cond["tokens"][3] if i) == b"x"
     assert sampling.asked("nowhere", CAPTIONED, 0)[0] == 4 * sampling.EACH
+    assert sampling.asked("nowhere", CAPTIONED, 5)[2] == ["one", "one", "two", "x", "y"]  # none is left out
+    with pytest.raises(ConfigError, match="--count=3 is less than the 4 prompts"):
+        sampling.asked("nowhere", CAPTIONED, 3)
     given()
     assert sampling.asked("nowhere", CAPTIONED, 4)[2] == ["a", "a", "b", "b"]  # the run's own
+    assert sampling.asked("nowhere", CAPTIONED, 1)[2] == ["a"]
+
+
+def test_the_runs_own_negative_prompt_goes_with_guidance(given):
+    own = {"steps": 3, "sampler": "euler", "grid": "uniform", "guidance": {"name": "cfg", "scale": 2.0}, "negative": "dull"}
+    info = {"config": {"sample": own}}
+    assert sampling.options(info) == own
+    given("--guidance=none")
+    assert sampling.options(info) == own | {"guidance": "none", "negative": ""}
+    given("--guidance=none", "--negative=grey")  # which is refused where it is used
+    assert sampling.options(info)["negative"] == "grey"
 
 
 @pytest.mark.parametrize(
@@ -80,8 +96,22 @@ def test_images_to_edit(given, tmp_path):
     given(f"--init={tmp_path / 'red.png'}", f"--mask={tmp_path / 'white.png'}")
     with pytest.raises(ConfigError, match="white all over: nothing to keep"):
         sampling.edit(info)
-    given("--strength=0.5")
-    with pytest.raises(ConfigError, match="--init"):
-        sampling.edit(info)
+    given(f"--init={tmp_path / 'red.png'}", "--strength=0")
+    assert sampling.edit(info)["edit"].strength == 0  # and not the default
+    with pytest.raises(ConfigError, match="makes no images"):
+        sampling.edit({"image_shape": [2]})
+    for strength in ("0.5", "0"):
+        given(f"--strength={strength}")
+        with pytest.raises(ConfigError, match="--init"):
+            sampling.edit(info)
     given()
     assert sampling.edit(info) == {}
+
+
+def test_what_is_recorded_of_an_edit_can_be_written(given, tmp_path):
+    """An image goes by its name into the settings of samples, of preference pairs and of win rates."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    given(f"--init={tmp_path / 'black.png'}", "--strength=0.5")
+    sample = {"steps": 3, "sampler": "euler", "grid": "uniform", "guidance": "none"}
+    told = sampling.told(sampling.options({"image_shape": [8, 8, 3], "config": {"sample": sample}}))
+    assert json.loads(json.dumps(told)) == sample | {"negative": "", "init": str(tmp_path / "black.png"), "strength": 0.5}

@@ -17,13 +17,13 @@ def shell(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def emoji(shell):
-    """Two dozen pictures of 64x64 with captions, and a tokenizer learned from them."""
+    """Three dozen pictures of 64x64 with captions, and a tokenizer learned from them."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
     (shell.home / "pictures").mkdir()
     with open(shell.home / "pictures" / "captions.jsonl", "w") as listing:
-        for i in range(24):
+        for i in range(36):
             Image.fromarray(rng.integers(0, 256, (64, 64, 4), np.uint8)).save(shell.home / "pictures" / f"{i}.png")
             listing.write(json.dumps({"file": f"{i}.png", "caption": [f"picture {i}", f"a heart number {i}"]}) + "\n")
     shell("tools.prepare_data", "--door=folder", "--path=pictures", "--out=emoji", "--channels=3", "--holdout=0.4")
@@ -69,6 +69,13 @@ def test_pixels_from_prompts(shell, emoji):
     ):
         said = shell(*ask, *flags, "--out=bad", code=2)
         assert message in said and "Traceback" not in said, said
+    measure = ("experiments.evaluate", "--checkpoint=out", "--steps=1", "--sampler=euler", "--record=record.json")
+    shell(*measure, "--negative=a heart")
+    record = json.loads((shell.home / "record.json").read_text())
+    assert record["guidance"] == {"name": "cfg", "scale": 2.0, "negative": "a heart"} and record["label_rule"] == "captions of test, in turn"
+    for flag in ("--prompt=x", "--size=32", "--labels=1", "--init=mask.png"):
+        said = shell(*measure, flag, code=2)
+        assert flag.split("=")[0] + " means nothing here" in said and "Traceback" not in said, said
     (shell.home / "away.json").rename(shell.home / "emoji" / "tokenizer.json")
     assert not (shell.home / "bad").exists()
 

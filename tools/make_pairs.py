@@ -42,7 +42,7 @@ def main():
     labels = cond.get("label")
     scores = rewards.reward(REWARD.value, x, labels)
     win, lose, kept = choose(x.reshape(PAIRS.value, k, *x.shape[1:]), scores.reshape(PAIRS.value, k))
-    meta = {"reward": REWARD.value, "checkpoint": checkpoint, "step": info["step"], "seed": seed, "candidates": k, **chosen}
+    meta = {"reward": REWARD.value, "checkpoint": checkpoint, "step": info["step"], "seed": seed, "candidates": k, **sampling.told(chosen)}
     label = None if labels is None else labels[::k][kept]
     write_preferences(OUT.value, win, lose, label, info["num_classes"] or 0, meta, overwrite=OVERWRITE.value)
     print(f"{len(win)} pairs in {OUT.value}; reward {REWARD.value}: {scores.mean():.4f} on average, {len(kept) - len(win)} prompts tied")

@@ -30,7 +30,7 @@ def main():
         chosen, cond = sampling.options(info), sampling.labels(info, count)
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))
-        out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": chosen}
+        out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": sampling.told(chosen)}
         if cond:
             if judge is None:
                 source = export.info_of(DATA.value) if DATA.value else info

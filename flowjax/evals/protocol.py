@@ -53,9 +53,9 @@ def digest(settings: dict) -> str:
 class Record:
     """One measurement with its circumstances. Fields are names, numbers or nested settings; all of it must be JSON without NaN.
 
-    sampler, guidance  name, or settings with a name; None for no guidance
+    sampler, guidance  name, or settings with a name; None for no guidance. "negative" is the prompt that was guided away from
     steps              sampler steps; ema: which average of the weights, or None for the raw ones
-    label_rule         key of LABEL_RULES, or None when unconditional; seed: of labels and noise; samples: how many
+    label_rule         key of LABEL_RULES, or which classes or captions in turn; None when unconditional; seed: of labels and noise; samples: how many
     features           names of the feature networks, hash included; reference: {split: {count, hash}} of the real sets
     checkpoint_step    training step of the weights; checkpoint: where they came from, if that is told
     results            what was measured

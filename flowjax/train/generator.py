@@ -19,7 +19,7 @@ class Generator(NamedTuple):
     info: dict
 
     def __call__(self, cond: dict, count: int, seed: int = 0, batch: int = 0) -> np.ndarray:
-        """(count, ...) samples for cond, one row a sample: {"label": (count,)} or {}; batch 0 is the run's evaluate.batch."""
+        """(count, ...) samples for cond, one row a sample: {"label": (count,)}, {"tokens": (count, L)} or {}; batch 0 is the run's evaluate.batch."""
         batch = batch or self.info["config"]["evaluate"]["batch"]
         return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch)
 
@@ -58,19 +58,19 @@ def load(source, weights: str = "ema", settings: dict | None = None) -> Generato
 
 def build(role, params, info, source, settings: dict | None = None) -> Generator:
     """`load` for a network that is loaded already."""
-    chosen = defaults(info) | (settings or {})
-    guidance, besides = second_network(chosen.pop("guidance"), info["shape"])
+    options = chosen(info, settings or {})
+    guidance, besides = second_network(options.pop("guidance"), info["shape"])
     shape = tuple(info["shape"])
-    if size := chosen.pop("size", None):
+    if size := options.pop("size", None):
         shape = resized(info, size)
-    if prompt := chosen.pop("negative"):
-        chosen["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
+    if prompt := options.pop("negative"):
+        options["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
     given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text"))}
-    return Generator(jax.jit(generate.make(role, shape, guidance=guidance, besides=besides, **given, **chosen)), params, info)
+    return Generator(jax.jit(generate.make(role, shape, guidance=guidance, besides=besides, **given, **options)), params, info)
 
 
 def resized(info, size):
-    """Shape of what the network makes for images of size (height, width), which its training size is a multiple or part of."""
+    """Shape of what the network makes for images of size (height, width)."""
     trained, image = tuple(info["shape"]), tuple(info["image_shape"])
     factor = image[0] // trained[0]
     if len(trained) != 3 or any(n < 1 or n % factor for n in size):
@@ -78,10 +78,13 @@ def resized(info, size):
     return size[0] // factor, size[1] // factor, trained[2]
 
 
-def defaults(info) -> dict:
-    """The sampling settings of the run that trained the network."""
+def chosen(info, settings: dict) -> dict:
+    """The sampling settings of the run that trained the network, with `settings` in their place."""
     section = info["config"]["sample"]
-    return {k: section[k] for k in ("steps", "sampler", "grid", "guidance")} | {"negative": section.get("negative", "")}
+    own = {k: section[k] for k in ("steps", "sampler", "grid", "guidance")} | {"negative": section.get("negative", "")}
+    if settings.get("guidance") == "none":
+        own["negative"] = ""  # of the guidance that was left out
+    return own | settings
 
 
 def reconstructions(role, params, x, batch: int):
