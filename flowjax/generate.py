@@ -41,12 +41,17 @@ def make(
     at = times.grid(steps, path, prediction=role.prediction, **grid)
 
     def sample(params, seed, indices, cond):
-        model = role.net(params)
+        model, heard = role.net(params), []
         if text is not None:
             cond = conditions.embed(text, cond)
         if negative is not None:
-            other = negative if text is None else conditions.embed(text, negative)
-            model = model.replace(null=lambda c: {**c, **{k: jnp.broadcast_to(v, c[k].shape) for k, v in other.items()}})
+            other, nothing = negative if text is None else conditions.embed(text, negative), model.null
+
+            def away(c):
+                heard.append(c)
+                return {**(nothing(c) if nothing else c), **{k: jnp.broadcast_to(v, c[k].shape) for k, v in other.items()}}
+
+            model = model.replace(null=away)
         if guidance != "none":
             model = build(GUIDANCE, guidance, "sample.guidance", model=model, **(besides or {}))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
@@ -57,6 +62,8 @@ def make(
             x = x + path.a(jnp.float32(at[0])) * seen
             model = model if inner.keep is None else editing.keeping(model, inner.image, inner.keep)
         x = samplers.sample(model, x, walk, at, sampler, cond=cond)
+        if negative is not None and not heard:
+            raise ConfigError(f"a negative prompt changes nothing with guidance {guidance}, which asks for no second prompt")
         x = x if edit is None else editing.paste(x, inner)
         x = x if codec is None else codec.decode(x)
         return x if edit is None else editing.paste(x, edit)

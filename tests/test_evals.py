@@ -290,3 +290,10 @@ def test_principal_components_are_scikit_learns(count):
     ours = features.pca(images, 3)(images)
     theirs = PCA(3).fit_transform(features.dequantise(images).reshape(count, -1).astype(np.float64))
     np.testing.assert_allclose(np.abs(ours), np.abs(theirs), atol=1e-9)
+
+
+def test_frechet_distances_of_too_many_features_are_refused():
+    x = np.random.default_rng(0).uniform(-1, 1, (10, 65, 65, 1)).astype(np.float32)
+    data = {"train": {"x": x, "label": np.zeros(10, int)}, "test": {"x": x, "label": np.zeros(10, int)}}
+    with pytest.raises(ConfigError, match="pixels-.* has 4225 features, too many for a Frechet distance"):
+        evaluate(x, None, data, {"metrics": ["frechet"], "features": ["pixels"], "judge": "svm", "seed": 0})

@@ -131,3 +131,15 @@ def test_balanced_labels_go_round():
 def test_bad_settings_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         samples(**settings)
+
+
+def test_a_negative_prompt_is_what_guidance_leads_away_from():
+    """Away from class 0 towards both is away from the left mode; the null condition is still what the negative does not name."""
+    cfg = {"name": "cfg", "scale": 2.0}
+    plain = samples(64, label=2, guidance=cfg, steps=20)
+    negative = samples(64, label=2, guidance=cfg, steps=20, negative={"label": jnp.zeros((1,), jnp.int32)})
+    assert abs((plain > 0).mean() - 0.5) < 0.2 and (negative > 0).mean() > 0.8
+    with pytest.raises(ConfigError, match="a negative prompt needs guidance"):
+        samples(negative={"label": jnp.zeros((1,), jnp.int32)})
+    with pytest.raises(ConfigError, match="a negative prompt changes nothing with guidance"):
+        samples(guidance={"name": "cfg", "scale": 1.0}, negative={"label": jnp.zeros((1,), jnp.int32)}, steps=2)

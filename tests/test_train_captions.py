@@ -80,3 +80,20 @@ def test_a_run_goes_on_with_its_own_tokenizer(captioned, tmp_path):
     this.pipeline.manifest["tokenizer"] = {"vocab": 257, "sha256": "of another file"}
     with pytest.raises(ConfigError, match="the tokenizer changed since .* began: .* -> .*of another file"):
         loop._claim(tmp_path, this)
+
+
+def test_a_run_goes_on_with_the_same_data_only(captioned, tmp_path):
+    this = run(captioned)
+    loop._claim(tmp_path, this)
+    this.pipeline.manifest["content_hash"] = "of other images"
+    with pytest.raises(ConfigError, match="the data changed since .*of other images"):
+        loop._claim(tmp_path, this)
+
+
+def test_another_padding_than_the_text_encoders_is_refused(captioned, tmp_path):
+    from test_data_text import make_file
+
+    words = {"name": "file", "path": str(make_file(tmp_path / "t.json", ("0", "[END]", "1", "2", "[PAD]"))), "length": 6}
+    run(captioned | {"text": words})
+    with pytest.raises(ConfigError, match="text.pad = 1, but a text encoder that is trained here takes token 0"):
+        run(captioned | {"text": words | {"pad": 1}})

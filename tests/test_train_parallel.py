@@ -1,5 +1,7 @@
 """Sharding changes nothing but speed: the whole train step on one device and on eight, split in every way."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,7 +117,19 @@ def test_latents(autoencoder, tmp_path):
     train(run, tmp_path / "run")
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     export.export(tmp_path / "run", tmp_path / "run" / "export")
-    assert export.companion(tmp_path / "run" / "export", export.info_of(tmp_path / "run" / "export"), "vae").encode(np.zeros((1, 8, 8, 1))).shape == (1, 4, 4, 2)
+    out = tmp_path / "run" / "export"
+    assert export.companion(out, export.info_of(out), "vae").encode(np.zeros((1, 8, 8, 1))).shape == (1, 4, 4, 2)
+    # The autoencoder that it was trained with, and no other: neither beside the run nor left over from another export.
+    role, params, info = export.load(autoencoder)
+    export.write(tmp_path / "other", jax.tree.map(lambda p: p * 1.01, params), info)
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    told["config"]["roles"]["vae"]["checkpoint"] = str(tmp_path / "other")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match="other has changed since .*run was trained with it"):
+        export.export(tmp_path / "run", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    export.export(autoencoder, out)
+    assert export.companion(out, export.info_of(out), "vae") is None
 
 
 # --- the mesh itself

@@ -18,6 +18,7 @@ from flowjax.evals import prdc as prdc_
 from flowjax.evals.features import Features, extractor, fingerprint
 from flowjax.evals.image import QUANTISATION, quantise
 
+MOST_FEATURES = 4096  # of a Frechet distance
 BLOCK = 8192  # images per batch of streamed statistics
 
 
@@ -59,6 +60,11 @@ def frechet(sets: Sets) -> dict:
     """
     out = {}
     for net, generated, test in sets.compared:
+        if net.dim > MOST_FEATURES:
+            raise ConfigError(
+                f"evaluate: {net.name} has {net.dim} features, too many for a Frechet distance (at most {MOST_FEATURES}): its covariances "
+                "would be singular and huge; use features such as {'name': 'pca', 'dim': 64}"
+            )
         own, held_out = frechet_.statistics(generated), frechet_.statistics(test)
         train = frechet_.stream(net(sets.train[i : i + BLOCK]) for i in range(0, len(sets.train), BLOCK))
         some = np.random.default_rng(sets.seed).permutation(len(sets.train))[: len(generated)]

@@ -138,10 +138,12 @@ class Run:
             raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
 
     def _check_conditions(self):
-        """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens."""
+        """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens or another padding."""
         for name, role in self.roles.items() if self.pipeline.tokenizer else ():
             fields = getattr(role.module, "text_encoder", None) or getattr(role.module, "text", None) or {}
             vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
+            if fields and self.pipeline.tokenizer.pad:
+                raise ConfigError(f"text.pad = {self.pipeline.tokenizer.pad}, but a text encoder that is trained here takes token 0 for padding")
             if vocab and vocab < self.pipeline.tokenizer.vocab:
                 where = "model" if name == "net" else f"roles.{name}"
                 raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.pipeline.tokenizer.vocab} tokens")
@@ -369,4 +371,4 @@ class Run:
 
     def fingerprints(self):
         """{frozen role: hash of its parameters}: a resumed run must meet the same teachers."""
-        return {k: sum(checkpoint.fingerprints(v).values()) % 2**32 for k, v in self.frozen.items()}
+        return {k: checkpoint.fingerprint(v) for k, v in self.frozen.items()}

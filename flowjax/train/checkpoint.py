@@ -41,6 +41,11 @@ def _fingerprints(leaves):
     return [one(x) for x in leaves]
 
 
+def fingerprint(tree) -> int:
+    """One 32-bit hash of a tree of parameters."""
+    return sum(fingerprints(tree).values()) % 2**32
+
+
 def fingerprints(tree) -> dict[str, int]:
     """{leaf name: 32-bit hash of the values}, the same for every sharding of the same values."""
     return {name: int(v) for name, v in zip(names_of(tree), _fingerprints(jax.tree.leaves(tree)))}

@@ -103,17 +103,28 @@ def _origin(path, info, name: str):
     or where its run took it from."""
     nested = files.path(path) / name
     section = info.get("config", {}).get("roles", {}).get(name)
-    if nested.exists():
+    if (nested / "config.json").exists():
         return nested, "ema"
     return (section["checkpoint"], section["weights"]) if section else None
 
 
-def companion(path, info, name: str, where: str = "checkpoint"):
-    """The callable of the frozen role `name` that a network works with ("vae": Latents, "text": a text encoder), or None."""
+def _companion(path, info, name: str, where: str):
+    """(role, params, info) of that frozen role, or None; ConfigError where it is not what the network was trained with."""
     if (origin := _origin(path, info, name)) is None:
         return None
-    role, params, _ = load(*origin, where=f"{where}: {name}")
-    return role.net(params)
+    role, params, its_info = load(*origin, where=where)
+    same = info.get("frozen", {}).get(name, (now := ck.fingerprint(params))) == now
+    if name == "vae" and (maker := (info.get("data") or {}).get("latents", {}).get("vae")):
+        same &= maker == identity(params, its_info)
+    if not same:
+        raise ConfigError(f"{where}: {origin[0]} has changed since {path} was trained with it")
+    return role, params, its_info
+
+
+def companion(path, info, name: str, where: str = "checkpoint"):
+    """The callable of the frozen role `name` that a network works with ("vae": Latents, "text": a text encoder), or None."""
+    found = _companion(path, info, name, f"{where}: {name}")
+    return found and found[0].net(found[1])
 
 
 def tokenizer_of(path, info):
@@ -139,13 +150,20 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
     role, params, info = load(source, weights, step, posthoc_std=posthoc_std)
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
-    for name in ("vae", "text"):
-        if origin := _origin(source, info, name):
-            _, its_params, its_info = load(*origin, where=f"roles.{name}")
-            write(files.path(out) / name, its_params, its_info)
-    if info.get("text") and (file := tokenizer_of(source, info).file):
-        files.path(out).mkdir(parents=True, exist_ok=True)
-        (files.path(out) / "tokenizer.json").write_bytes(file.read_bytes())
+    companions = {name: _companion(source, info, name, f"roles.{name}") for name in ("vae", "text")}
+    tokenizer = tokenizer_of(source, info).file.read_bytes() if info.get("text") and tokenizer_of(source, info).file else None
+    out = files.path(out)
+    # What stands there stops being an export before any part of it is replaced; nothing of another one may stay.
+    (out / "config.json").unlink(missing_ok=True)
+    for name, found in companions.items():
+        if found:
+            write(out / name, *found[1:])
+        elif (out / name / "config.json").exists():
+            (out / name / "config.json").unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.json").unlink(missing_ok=True)
+    if tokenizer is not None:
+        (out / "tokenizer.json").write_bytes(tokenizer)
     write(out, params, info)
     return info
 

@@ -44,6 +44,8 @@ def second_network(guidance, shape):
         raise ConfigError(f"sample.guidance: {source} is neither a denoiser nor a classifier of noisy images (model.time = True)")
 
     def log_prob(x_t, t, cond):
+        if "label" not in cond:
+            raise ConfigError("guidance by a classifier asks for a class, and this network is not asked for one")
         return jnp.take_along_axis(jax.nn.log_softmax(net(x_t, t=t)), cond["label"][:, None], axis=1)[:, 0]
 
     return section, {"log_prob": log_prob}

@@ -241,6 +241,9 @@ def _claim(workdir, this):
         stored = json.loads(file.read_text())
         if "tokenizer" in stored["data"] and stored["data"]["tokenizer"] != info["data"].get("tokenizer"):
             raise ConfigError(f"the tokenizer changed since {workdir} began: {stored['data']['tokenizer']} -> {info['data'].get('tokenizer')}")
+        was, now = (_content(i["data"]) for i in (stored, info))
+        if None not in was and None not in now and was != now:
+            raise ConfigError(f"the data changed since {workdir} began (content {was} -> {now}); use a new workdir")
         # Resolved anew, so that a setting which a later version added counts as its default.
         before = settings.resolve(stored["config"])
         changed = settings.differences(before, this.config)
@@ -256,6 +259,11 @@ def _claim(workdir, this):
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(info, indent=1, default=str))
     temporary.replace(file)
+
+
+def _content(manifest) -> list[str | None]:
+    """Hashes of what the data sets hold, None where one has no hash."""
+    return [part.get("content_hash") for part in manifest.get("parts", [manifest])]
 
 
 def _rates(this, steps, until):
