@@ -25,6 +25,15 @@ def float64():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Compiled programs of a file are of no use to the next; kept, they fill several GB by the end."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 # The longest files, longest first: a worker that starts one of them last keeps the others waiting.
 LONGEST = ("smoke", "smoke_text", "train_processes", "sharding", "train_parallel", "train_config", "models_unet", "models_dit", "samplers", "train_checkpoint")
 
