@@ -14,5 +14,5 @@ if [ "${1:-}" = "--tpu" ]; then
   exec "$PWD/.venv-tpu/bin/python" -m pytest -q tests/test_tpu.py "$@"
 fi
 setup_env "$extras"
-# Compiles already use both cores of a small machine; a second worker fills the gaps. One file stays in one worker.
-exec "$VENV/bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadfile --durations=15 "$@"
+# Compiles already use both cores of a small machine; a second worker fills the gaps. One file stays in one worker; tests/conftest.py orders the files.
+exec "$VENV/bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations=15 "$@"
