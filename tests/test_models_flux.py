@@ -176,7 +176,7 @@ def test_bfloat16_stays_near_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (1, 2, 4, 1), (2, 1, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2)])  # splits parameters, heads and tokens
 def test_sharded_equals_one_device(sizes):
     """Also with tokens split over the axis of contexts, where attention is a ring: 8 + 16 tokens."""
     net = build({**TINY, "width": 48, "heads": 4, "attention": "auto", "remat": "dots"})

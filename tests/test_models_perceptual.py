@@ -93,7 +93,7 @@ def test_a_distance_is_one(net):
     net = net()
     x, y = image(1), image(2)
     d = jax.jit(lambda x, y: distance(net, x, y))
-    np.testing.assert_array_equal(d(x, x), 0.0)
+    np.testing.assert_allclose(d(x, x), 0.0, atol=1e-12)
     close(d(x, y), d(y, x), 1e-6)
     close(d(x, y)[::-1], d(x[::-1], y[::-1]), 1e-5)
     assert d(x, y).shape == (3,) and float(d(x, y).min()) > 1e-3
