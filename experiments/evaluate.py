@@ -37,6 +37,7 @@ def measure_autoencoder(role, params, info, section):
 def measure_samples(role, params, info, section, checkpoint):
     """(circumstances, results) of samples."""
     from flowjax.data.pipeline import arrays
+    from flowjax.data.text import without
     from flowjax.evals import protocol
     from flowjax.evals.evaluate import evaluate
     from flowjax.train import export, generator
@@ -64,8 +65,7 @@ def measure_samples(role, params, info, section, checkpoint):
 
     def real(split):
         # Samples are compared with images, not with latents made of them, and whatever is said of them.
-        images = keywords(info["data"].get("latents", {}).get("section", data))
-        part = arrays({k: v for k, v in images.items() if k not in ("text", "captions", "curriculum")}, split)
+        part = arrays(without(info["data"].get("latents", {}).get("section", data)), split)
         return {"x": part["x"], "label": part["cond"].get("label", np.zeros(len(part["x"]), np.int32))}
 
     results = evaluate(

@@ -12,12 +12,21 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from flowjax.config import ConfigError
+
 DTYPES = {"label": jnp.int32, "tokens": jnp.int32, "text": jnp.float32, "pooled": jnp.float32, "guidance": jnp.float32}
 
 
 def zeros(shapes: Mapping, rows: int) -> dict[str, jax.Array]:
     """A condition of `rows` zeros for {name: shape of one example}."""
     return {k: jnp.zeros((rows, *shape), DTYPES[k]) for k, shape in shapes.items()}
+
+
+def need(cond: Mapping, name: str, network: str) -> jax.Array:
+    """cond[name], or a ConfigError that says which network wants it and what is there."""
+    if name not in cond:
+        raise ConfigError(f"{network} needs cond[{name!r}]; cond has {list(cond)}")
+    return cond[name]
 
 
 def shapes_of(cond: Mapping) -> dict[str, tuple[int, ...]]:

@@ -101,3 +101,27 @@ def check_sharded(net, *inputs, sizes=(2, 2, 2, 1)):
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
     for ours, theirs in zip(jax.tree.leaves(grads_mesh), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * largest)
+
+
+def check_round_trip(interop, net, inputs, state, params):
+    """A state dict comes back bit for bit, from scanned parameters and unrolled ones, which are the same network."""
+    unrolled = net.clone(scan=False)
+    flat = interop.from_torch(unrolled, state, shapes(unrolled, *inputs))
+    for own, tree in ((net, params), (unrolled, flat)):
+        back = interop.to_torch(own, tree)
+        assert back.keys() == state.keys()
+        for key, value in state.items():
+            np.testing.assert_array_equal(back[key], value, err_msg=key)
+            assert back[key].flags.c_contiguous
+    close(unrolled.apply({"params": flat}, *inputs), net.apply({"params": params}, *inputs), 1e-5)
+
+
+def check_every_input_matters(apply, params, x, t, cond):
+    """Of three samples the second changes with each of its inputs, and the others do not notice."""
+    y = apply(params, x, t, cond)
+    changes = [(x.at[1].add(1.0), t, cond), (x, t.at[1].add(0.2), cond)]
+    changes += [(x, t, {**cond, k: v.at[1].set(v[0])}) for k, v in cond.items()]
+    for changed in changes:
+        other = apply(params, *changed)
+        np.testing.assert_array_equal(other[jnp.array([0, 2])], y[jnp.array([0, 2])])
+        assert jnp.abs(other[1] - y[1]).max() > 1e-3

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nets import close, golden, random_arrays, shapes
+from nets import check_round_trip, close, golden, random_arrays, shapes
 
 from flowjax.interop import mmdit as interop
 from flowjax.models.mmdit import MMDiT
@@ -97,16 +97,7 @@ def test_output_and_all_gradients_equal_diffusers(name):
 
 @pytest.mark.parametrize("name", NETS)
 def test_round_trip_and_unrolled(name):
-    net, (inputs, state, params) = NETS[name], case(name)
-    unrolled = net.clone(scan=False)
-    flat = interop.from_torch(unrolled, state, shapes(unrolled, *inputs))
-    for own, tree in ((net, params), (unrolled, flat)):
-        back = interop.to_torch(own, tree)
-        assert back.keys() == state.keys()
-        for key, value in state.items():
-            np.testing.assert_array_equal(back[key], value, err_msg=key)
-            assert back[key].flags.c_contiguous
-    close(unrolled.apply({"params": flat}, *inputs), net.apply({"params": params}, *inputs), 1e-5)
+    check_round_trip(interop, NETS[name], *case(name))
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_by_name():

@@ -7,10 +7,10 @@ prints how many tokens the captions take, so that a length can be chosen.
 """
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
+from experiments import shell
 from flowjax.config import ConfigError
 
 _PATH = flags.DEFINE_string("path", None, "A data set made by tools.prepare_data, with captions.", required=True)
@@ -30,7 +30,8 @@ def captions(path: str, split: str) -> list[str]:
     reader = records.Records(path, split)
     if "caption" not in reader.manifest["features"]:
         raise ConfigError(f"{path} has no captions")
-    return [c for text in reader.read(np.arange(len(reader)))["caption"] for c in text.split("\n")]
+    parts = np.array_split(np.arange(len(reader)), -(-len(reader) // 1024))  # a record holds its image too
+    return [c for part in parts for text in reader.read(part)["caption"] for c in text.split("\n")]
 
 
 def learn(texts: list[str], vocab: int):
@@ -49,14 +50,9 @@ def learn(texts: list[str], vocab: int):
     return model
 
 
-def main(argv):
-    if argv[1:]:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    try:
-        texts = captions(_PATH.value, _SPLIT.value)
-        model = learn(texts, _VOCAB.value)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+def main():
+    texts = captions(_PATH.value, _SPLIT.value)
+    model = learn(texts, _VOCAB.value)
     out = pathlib.Path(_OUT.value or f"{_PATH.value}/tokenizer.json").expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     model.save(str(out))
@@ -68,4 +64,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    shell.run(main)

@@ -18,7 +18,7 @@ import numpy as np
 
 import flowjax
 from flowjax.config import ConfigError
-from flowjax.data import records
+from flowjax.data import records, text
 from flowjax.data.pipeline import ordered
 
 DTYPES = ("float16", "float32")
@@ -42,9 +42,7 @@ def write(
         raise ConfigError(f"--dtype = {dtype!r} is unknown; valid: {', '.join(DTYPES)}")
     if batch < 1:
         raise ConfigError(f"--batch = {batch} should be at least 1")
-    section = {"name": section} if isinstance(section, str) else dict(section)
-    # Captions are carried along as they are, for whatever tokenizer comes later.
-    section = {k: v for k, v in section.items() if k not in ("text", "captions", "curriculum")}
+    section = text.without(section)  # captions are carried along as they are, for whatever tokenizer comes later
     opened = {split: ordered(section, split, batch) for split in splits}
     if not opened:
         raise ConfigError("--splits names none")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flowjax.config import ConfigError, build as build_section
+from flowjax.config import ConfigError, build as build_section, keywords
 from flowjax.data.records import DataError
 
 
@@ -80,6 +80,11 @@ def _length(length: int) -> int:
 
 
 TOKENIZERS = {"bytes": _bytes, "file": _file}
+
+
+def without(section) -> dict:
+    """A data section whose captions are not turned into tokens."""
+    return {k: v for k, v in keywords(section).items() if k not in ("text", "captions", "curriculum")}
 
 
 def build(section, where: str = "data.text") -> Tokenizer:

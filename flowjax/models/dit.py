@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from flowjax.conditions import need
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
-from flowjax.models.attention import attention
+from flowjax.models.attention import LAYOUT, attention
 from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
@@ -46,8 +47,37 @@ def modulation(c: jax.Array, parts: int, width: int, zero: bool, dtype: str, nam
     return [constrain(part, "batch", "act") for part in jnp.split(m, parts, axis=-1)]
 
 
+def check_sizes(net, height: int, width: int):
+    """ConfigError unless the fields patch, heads, width and remat of a network fit an image of height x width."""
+    lookup(REMAT, net.remat, "model.remat")
+    if height % net.patch or width % net.patch:
+        raise ConfigError(f"model.patch = {net.patch} does not divide the image, {height} x {width}")
+    if net.width % net.heads:
+        raise ConfigError(f"model.heads = {net.heads} does not divide model.width = {net.width}")
+
+
+def queries_keys_values(x, heads: int, qk_norm: bool, angles, dtype: str, prefix: str = "", context=None):
+    """q of x (B, N, D), k and v of `context` (B, S, D) or of x itself, each (B, N or S, heads, head_dim); angles (N, head_dim/2)
+    turn q and k after their norms."""
+
+    def project(source, name):
+        y = L.Linear(x.shape[-1], ("embed", "heads"), dtype=dtype, name=prefix + name)(source)
+        return constrain(rearrange(y, "b n (h d) -> b n h d", h=heads), *LAYOUT)
+
+    context = x if context is None else context
+    q, k, v = project(x, "q"), project(context, "k"), project(context, "v")
+    if qk_norm:
+        q, k = (L.RMSNorm(EPS, dtype, name=f"{prefix}{name}_norm")(y) for name, y in (("q", q), ("k", k)))
+    if angles is not None:
+        q, k = L.rotate(q, angles), L.rotate(k, angles)
+    return q, k, v
+
+
 class Attention(nn.Module):
-    """Multi-head attention of x (B, N, D) over `context` (B, S, D), or over x itself; angles (N, head_dim/2) turn q and k."""
+    """Multi-head attention of x (B, N, D) over `context` (B, S, D), or over x itself; angles (N, head_dim/2) turn q and k.
+
+    mask: boolean, broadcastable to (B, heads, N, S); None for all.
+    """
 
     heads: int
     qk_norm: bool
@@ -55,22 +85,13 @@ class Attention(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, angles: jax.Array | None = None) -> jax.Array:
-        width = x.shape[-1]
-        context = x if context is None else context
-
-        def project(source, name):
-            y = L.Linear(width, ("embed", "heads"), dtype=self.dtype, name=name)(source)
-            return constrain(rearrange(y, "b n (h d) -> b n h d", h=self.heads), "batch", "seq", "act_heads", None)
-
-        q, k, v = project(x, "q"), project(context, "k"), project(context, "v")
-        if self.qk_norm:
-            q, k = L.RMSNorm(EPS, self.dtype, name="q_norm")(q), L.RMSNorm(EPS, self.dtype, name="k_norm")(k)
-        if angles is not None:
-            q, k = L.rotate(q, angles), L.rotate(k, angles)
-        y = attention(q, k, v, implementation=self.implementation)
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, angles: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:
+        q, k, v = queries_keys_values(x, self.heads, self.qk_norm, angles, self.dtype, context=context)
+        y = attention(q, k, v, mask, self.implementation)
         y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
-        y = L.Linear(width, ("heads", "embed"), dtype=self.dtype, name="out")(y)
+        y = L.Linear(x.shape[-1], ("heads", "embed"), dtype=self.dtype, name="out")(y)
         return constrain(y, "batch", "seq", "act")
 
 
@@ -221,9 +242,8 @@ class DiT(nn.Module):
 
         embeddings = [L.TimeEmbed(self.width, scale=self.time_scale, shift=self.frequency_shift, name="t_embed")(t)]
         if self.num_classes:
-            if "label" not in cond:
-                raise ConfigError(f"a DiT with num_classes = {self.num_classes} needs cond['label']; cond has {list(cond)}")
-            embeddings.append(L.Embed(self.num_classes + 1, self.width, name="y_embed")(cond["label"]))
+            label = need(cond, "label", f"a DiT with num_classes = {self.num_classes}")
+            embeddings.append(L.Embed(self.num_classes + 1, self.width, name="y_embed")(label))
         c = constrain(sum(embeddings), "batch", "act")
         context = constrain(jnp.stack(embeddings, axis=1).astype(self.dtype), "batch", "seq", "act")
 
@@ -259,10 +279,6 @@ class DiT(nn.Module):
         lookup(dict.fromkeys(CONDITIONINGS), self.conditioning, "model.conditioning")
         lookup(dict.fromkeys(NORMS), self.norm, "model.norm")
         lookup(MLPS, self.mlp, "model.mlp")
-        lookup(REMAT, self.remat, "model.remat")
-        if height % self.patch or width % self.patch:
-            raise ConfigError(f"model.patch = {self.patch} does not divide the image, {height} x {width}")
-        if self.width % self.heads:
-            raise ConfigError(f"model.heads = {self.heads} does not divide model.width = {self.width}")
+        check_sizes(self, height, width)
         if self.return_sigma and not self.learn_sigma:
             raise ConfigError("model.return_sigma needs model.learn_sigma")

@@ -10,12 +10,11 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
-from flowjax.models.attention import attention
+from flowjax.models.dit import Attention
 from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
@@ -26,38 +25,6 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # CLIP's weights of OpenAI were trained with it
 }
 MLPS = (*ACTIVATIONS, "swiglu")
-
-
-class Attention(nn.Module):
-    """Multi-head attention of x (B, N, D) over itself; mask, boolean, broadcastable to (B, heads, N, N)."""
-
-    heads: int
-    implementation: str
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        def project(name):
-            y = L.Linear(x.shape[-1], ("embed", "heads"), dtype=self.dtype, name=name)(x)
-            return constrain(rearrange(y, "b n (h d) -> b n h d", h=self.heads), "batch", "seq", "act_heads", None)
-
-        y = attention(project("q"), project("k"), project("v"), mask, self.implementation)
-        y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
-        return constrain(L.Linear(x.shape[-1], ("heads", "embed"), dtype=self.dtype, name="out")(y), "batch", "seq", "act")
-
-
-class MLP(nn.Module):
-    """Linear to `hidden`, activation, Linear back, for x (B, N, D)."""
-
-    hidden: int
-    activation: str
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = constrain(L.Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x), "batch", "seq", "act_mlp")
-        y = L.Linear(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(ACTIVATIONS[self.activation](h))
-        return constrain(y, "batch", "seq", "act")
 
 
 class Scale(nn.Module):
@@ -86,15 +53,16 @@ class Block(nn.Module):
     def __call__(self, x, mask):
         x = checkpoint_name(x, "block")
 
-        def branch(x, name, layer, *inputs):
-            h = layer(L.LayerNorm(self.eps, True, self.dtype, name=f"{name}_norm")(x), *inputs)
+        def branch(x, name, layer, **inputs):
+            h = layer(L.LayerNorm(self.eps, True, self.dtype, name=f"{name}_norm")(x), **inputs)
             if self.layerscale:
                 h = Scale(self.layerscale, name=f"{name}_scale")(h)
             return constrain((x + h).astype(self.dtype), "batch", "seq", "act")
 
-        mlp = L.SwiGLU(self.hidden, self.dtype, name="mlp") if self.mlp == "swiglu" else MLP(self.hidden, self.mlp, self.dtype, name="mlp")
-        x = branch(x, "attn", Attention(self.heads, self.implementation, self.dtype, name="attn"), mask)
-        return branch(x, "mlp", mlp), None
+        x = branch(x, "attn", Attention(self.heads, False, self.implementation, self.dtype, name="attn"), mask=mask)
+        if self.mlp == "swiglu":
+            return branch(x, "mlp", L.SwiGLU(self.hidden, self.dtype, name="mlp")), None
+        return branch(x, "mlp", L.GeluMLP(self.hidden, self.dtype, ACTIVATIONS[self.mlp], name="mlp")), None
 
 
 def transformer(

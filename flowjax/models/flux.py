@@ -14,12 +14,12 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from flowjax.config import ConfigError, lookup
+from flowjax.conditions import need
+from flowjax.config import ConfigError
 from flowjax.models import layers as L
 from flowjax.models.attention import attention
-from flowjax.models.dit import Head, modulation
-from flowjax.models.mmdit import JointBlock, Pooled, empty, need, normed, queries_keys_values
-from flowjax.models.remat import REMAT
+from flowjax.models.dit import Head, check_sizes, modulation, queries_keys_values
+from flowjax.models.mmdit import JointBlock, Pooled, empty, normed
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
 
@@ -140,11 +140,7 @@ class Flux(nn.Module):
         return unpack(constrain(y, "batch", "seq", "act"), self.patch, height, width)
 
     def _check(self, height: int, width: int):
-        lookup(REMAT, self.remat, "model.remat")
-        if height % self.patch or width % self.patch:
-            raise ConfigError(f"model.patch = {self.patch} does not divide the image, {height} x {width}")
-        if self.width % self.heads:
-            raise ConfigError(f"model.heads = {self.heads} does not divide model.width = {self.width}")
+        check_sizes(self, height, width)
         axes = self.rope_axes
         if len(axes) != 3 or any(size % 2 for size in axes) or sum(axes) != self.width // self.heads:
             raise ConfigError(f"model.rope_axes = {tuple(axes)} must be three even sizes that add up to {self.width // self.heads}")

@@ -12,14 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flowjax.config import ConfigError, check, lookup
+from flowjax.conditions import need
+from flowjax.config import ConfigError
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
-from flowjax.models.dit import Block, Head, patchify, unpatchify
-from flowjax.models.remat import REMAT
+from flowjax.models.dit import Block, Head, check_sizes, patchify, unpatchify
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
-from flowjax.models.text import TextTransformer
+from flowjax.models.text import encoder_of
 
 
 class JiT(nn.Module):
@@ -121,18 +121,14 @@ class JiT(nn.Module):
     def _condition(self, cond):
         """(vector to add to the time's (B, width) or 0, tokens (B, S, width) or None), float32."""
         vector, context = 0.0, []
-        for name, present in (("label", self.num_classes), ("tokens", self.text_encoder)):
-            if present and name not in cond:
-                raise ConfigError(f"this JiT needs cond[{name!r}]; cond has {list(cond)}")
         if self.num_classes:
-            label = L.Embed(self.num_classes + 1, self.width, name="y_embed")(cond["label"])
+            label = need(cond, "label", f"a JiT with num_classes = {self.num_classes}")
+            label = L.Embed(self.num_classes + 1, self.width, name="y_embed")(label)
             places = L.Embed(self.class_tokens, self.width, name="y_positions")(jnp.arange(self.class_tokens))
             vector = vector + label
             context.append(label[:, None] + places)
         if self.text_encoder:
-            fields = check(TextTransformer, self.text_encoder, "model.text_encoder", given=("parent", "name"))
-            fields = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention, **fields}
-            sequence, pooled = TextTransformer(**fields, name="encoder")(cond["tokens"])
+            sequence, pooled = encoder_of(self)(need(cond, "tokens", "a JiT with a text_encoder"))
             vector = vector + L.Linear(self.width, ("small", "embed"), L.normal(0.02), name="pooled_embed")(pooled)
             context.append(L.Linear(self.width, ("small", "embed"), name="text_embed")(sequence))
         return vector, constrain(jnp.concatenate(context, axis=1), "batch", "seq", "act") if context else None
@@ -149,10 +145,6 @@ class JiT(nn.Module):
         return stack(Block, fields, length, name=name, first=first, scan=self.scan, remat=self.remat, tap=tap, each=drops)
 
     def _check(self, height: int, width: int):
-        lookup(REMAT, self.remat, "model.remat")
-        if height % self.patch or width % self.patch:
-            raise ConfigError(f"model.patch = {self.patch} does not divide the image, {height} x {width}")
-        if self.width % self.heads:
-            raise ConfigError(f"model.heads = {self.heads} does not divide model.width = {self.width}")
+        check_sizes(self, height, width)
         if self.has_null and not 1 <= self.context_from < self.depth:
             raise ConfigError(f"model.context_from = {self.context_from}; valid: 1 to model.depth - 1 = {self.depth - 1}")

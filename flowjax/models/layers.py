@@ -5,6 +5,7 @@ sinusoids and modulation are float32. Nothing relies on a library default: epsil
 where a network is defined, because torch, flax and the papers disagree on all three.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -271,15 +272,16 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 class GeluMLP(nn.Module):
-    """Linear to `hidden`, tanh-GELU, Linear back, for x (B, N, D)."""
+    """Linear to `hidden`, tanh-GELU or another activation, Linear back, for x (B, N, D)."""
 
     hidden: int
     dtype: str = "float32"
+    activation: Callable = functools.partial(nn.gelu, approximate=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         h = constrain(Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x), "batch", "seq", "act_mlp")
-        y = Linear(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(nn.gelu(h, approximate=True))
+        y = Linear(x.shape[-1], ("mlp", "embed"), dtype=self.dtype, name="fc2")(self.activation(h))
         return constrain(y, "batch", "seq", "act")
 
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flowjax.config import ConfigError
+from flowjax.conditions import need
 from flowjax.models import layers as L
 from flowjax.models.sharding import constrain
 
@@ -40,9 +40,8 @@ class MLP(nn.Module):
         """Prediction (B, D) float32 for x (B, D), t (B,) in [0, 1], cond {"label": int (B,)} or {}."""
         c = L.TimeEmbed(self.width, dim=64, scale=self.time_scale, kernel_init=L.lecun, name="t_embed")(t)
         if self.num_classes:
-            if "label" not in cond:
-                raise ConfigError(f"an MLP with num_classes = {self.num_classes} needs cond['label']; cond has {list(cond)}")
-            c = c + L.Embed(self.num_classes + 1, self.width, init=L.normal(1.0), name="y_embed")(cond["label"])
+            label = need(cond, "label", f"an MLP with num_classes = {self.num_classes}")
+            c = c + L.Embed(self.num_classes + 1, self.width, init=L.normal(1.0), name="y_embed")(label)
         c = nn.silu(constrain(c, "batch", "act"))
 
         def linear(axes, name, init=L.lecun):

@@ -16,15 +16,15 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from flowjax.config import ConfigError, check, lookup
+from flowjax.conditions import need
+from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
 from flowjax.models.attention import LAYOUT, attention
-from flowjax.models.dit import EPS, Attention, Head, modulation, patchify, unpatchify
-from flowjax.models.remat import REMAT
+from flowjax.models.dit import EPS, Attention, Head, check_sizes, modulation, patchify, queries_keys_values, unpatchify
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
-from flowjax.models.text import TextTransformer
+from flowjax.models.text import encoder_of
 
 POSITIONS = ("cropped", "table", "rope")
 TEXT = ("tokens", "text", "pooled")  # the conditions that null empties
@@ -47,21 +47,6 @@ def grid_sincos(width: int, rows: Sequence[float], columns: Sequence[float]) -> 
 def normed(x: jax.Array, shift: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
     """LayerNorm without parameters, modulated in float32: the input of every branch, in the compute dtype."""
     return L.modulate(L.LayerNorm(EPS, False)(x), shift, scale).astype(dtype)
-
-
-def queries_keys_values(x, heads: int, qk_norm: bool, angles, dtype: str, prefix: str = ""):
-    """q, k, v (B, N, heads, head_dim) of x (B, N, D); angles (N, head_dim/2) turn q and k after their norms."""
-
-    def project(name):
-        y = L.Linear(x.shape[-1], ("embed", "heads"), dtype=dtype, name=prefix + name)(x)
-        return constrain(rearrange(y, "b n (h d) -> b n h d", h=heads), *LAYOUT)
-
-    q, k, v = (project(name) for name in "qkv")
-    if qk_norm:
-        q, k = (L.RMSNorm(EPS, dtype, name=f"{prefix}{name}_norm")(y) for name, y in (("q", q), ("k", k)))
-    if angles is not None:
-        q, k = L.rotate(q, angles), L.rotate(k, angles)
-    return q, k, v
 
 
 class JointAttention(nn.Module):
@@ -149,13 +134,6 @@ class Pooled(nn.Module):
     def __call__(self, x):
         h = nn.silu(L.Linear(self.features, ("embed", "mlp"), EMBED, name="fc1")(x))
         return L.Linear(self.features, ("mlp", "embed"), EMBED, name="fc2")(h)
-
-
-def need(cond: Mapping, name: str, network: str) -> jax.Array:
-    """cond[name], or a ConfigError that says what is there."""
-    if name not in cond:
-        raise ConfigError(f"{network} needs cond[{name!r}]; cond has {list(cond)}")
-    return cond[name]
 
 
 def empty(cond: Mapping) -> dict:
@@ -251,9 +229,7 @@ class MMDiT(nn.Module):
         """(sequence (B, S, any size), pooled (B, any size))."""
         if self.text_encoder is None:
             return need(cond, "text", "an MMDiT without a text_encoder"), need(cond, "pooled", "an MMDiT without a text_encoder")
-        fields = check(TextTransformer, self.text_encoder, "model.text_encoder", given=("parent", "name"))
-        fields = {"dtype": self.dtype, "remat": self.remat, "attention": self.attention, **fields}
-        return TextTransformer(**fields, name="encoder")(need(cond, "tokens", "an MMDiT with a text_encoder"))
+        return encoder_of(self)(need(cond, "tokens", "an MMDiT with a text_encoder"))
 
     def _places(self, rows: int, columns: int) -> jax.Array:
         """Position vectors (rows * columns, width) float32: the middle of the table."""
@@ -285,11 +261,7 @@ class MMDiT(nn.Module):
 
     def _check(self, height: int, width: int):
         lookup(dict.fromkeys(POSITIONS), self.positions, "model.positions")
-        lookup(REMAT, self.remat, "model.remat")
-        if height % self.patch or width % self.patch:
-            raise ConfigError(f"model.patch = {self.patch} does not divide the image, {height} x {width}")
-        if self.width % self.heads:
-            raise ConfigError(f"model.heads = {self.heads} does not divide model.width = {self.width}")
+        check_sizes(self, height, width)
         if self.width % 4:
             raise ConfigError(f"model.width = {self.width} must be divisible by 4")
         if not 0 <= self.dual < self.depth:

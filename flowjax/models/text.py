@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flowjax.config import ConfigError
+from flowjax.config import ConfigError, check
 from flowjax.models import layers as L
 from flowjax.models.encoder import causal, transformer
 from flowjax.models.sharding import constrain
@@ -59,6 +59,14 @@ class TextTransformer(nn.Module):
         )
         sequence = constrain(L.LayerNorm(1e-5, True, name="norm")(h), "batch", "seq", "act")
         return sequence, constrain(masked_mean(sequence, tokens != PADDING), "batch", "act")
+
+
+def encoder_of(network: nn.Module) -> TextTransformer:
+    """The submodule "encoder" that a network's field `text_encoder` describes, to be called in its compact method; what that does
+    not say of dtype, remat and attention is the network's own."""
+    fields = check(TextTransformer, network.text_encoder, "model.text_encoder", given=("parent", "name"))
+    own = {name: getattr(network, name) for name in ("dtype", "remat", "attention")}
+    return TextTransformer(**own | fields, name="encoder")
 
 
 def masked_mean(sequence: jax.Array, keep: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flowjax.conditions import need
 from flowjax.config import ConfigError, lookup
 from flowjax.models.layers import Conv, Embed, GroupNorm, TimeEmbed, zeros
 from flowjax.models.remat import REMAT
@@ -167,9 +168,8 @@ class UNet(nn.Module):
         order, shift, scale = self.frequency_order, self.frequency_shift, self.time_scale
         emb = TimeEmbed(size, self.channels, order, shift, scale, name="t_embed")(t)
         if self.num_classes:
-            if "label" not in cond:
-                raise ConfigError(f"a UNet with num_classes = {self.num_classes} needs cond['label']; cond has {list(cond)}")
-            emb = emb + Embed(self.num_classes + self.null_class, size, name="y_embed")(cond["label"])
+            label = need(cond, "label", f"a UNet with num_classes = {self.num_classes}")
+            emb = emb + Embed(self.num_classes + self.null_class, size, name="y_embed")(label)
         return constrain(emb, "batch", "act")
 
     def _check(self, x: jax.Array):

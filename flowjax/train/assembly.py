@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import conditions, generate, objectives
-from flowjax.config import ConfigError, bind, lookup
+from flowjax.config import ConfigError, bind, keywords, lookup
 from flowjax.data.pipeline import pipeline
 from flowjax.models import sharding
 from flowjax.train import checkpoint, ema, export, generator, optim, settings
@@ -147,17 +147,12 @@ class Run:
             if vocab and vocab < self.pipeline.tokenizer.vocab:
                 where = "model" if name == "net" else f"roles.{name}"
                 raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.pipeline.tokenizer.vocab} tokens")
-        idle, read = {*self.example[1]} - {"label"}, set()
-        for name in self.trained:
-            x, cond = self.example
-            cond = conditions.Watched(cond)
-            jax.eval_shape(lambda key, name=name, cond=cond: self.roles[name].init(key, x, cond), jax.random.key(0))
-            read |= cond.read
-        if "text" in self.roles and read & {"text", "pooled"}:
+        idle = {*self.example[1]} - {"label"} - self.read
+        if "text" in self.roles and self.read & {"text", "pooled"}:
             idle -= {"text", "pooled"}  # the encoder gives both, and one may be all that is needed
-        if idle - read:
-            name = self.config["model"]["name"]
-            raise ConfigError(f"the data has {', '.join(sorted(idle - read))} (data.text, roles.text, or embeddings), but model {name!r} does not use them")
+        if idle:
+            name, has = keywords(self.config["model"])["name"], ", ".join(sorted(idle))
+            raise ConfigError(f"the data has {has} (data.text, roles.text, or embeddings), but model {name!r} does not use them")
 
     def _encoded(self) -> bool:
         """Whether the data are latents already (flowjax.data.latents): then roles.vae only decodes, and must be who made them."""
@@ -196,10 +191,12 @@ class Run:
         return jax.eval_shape(codec.decode, self.example[0]).shape[1:]
 
     def _init_params(self, key):
-        boxed = {}
+        x, cond = self.example
+        boxed, cond = {}, conditions.Watched(cond)
         with sharding.use(self.mesh, self.rules):
             for i, name in enumerate(self.trained):
-                boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), *self.example)
+                boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), x, cond)
+        self.read = cond.read  # the conditions that the trained networks look at
         return boxed
 
     def _places(self):

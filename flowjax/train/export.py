@@ -151,7 +151,8 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
     companions = {name: _companion(source, info, name, f"roles.{name}") for name in ("vae", "text")}
-    tokenizer = tokenizer_of(source, info).file.read_bytes() if info.get("text") and tokenizer_of(source, info).file else None
+    file = tokenizer_of(source, info).file if info.get("text") else None
+    tokenizer = file and file.read_bytes()
     out = files.path(out)
     # What stands there stops being an export before any part of it is replaced; nothing of another one may stay.
     (out / "config.json").unlink(missing_ok=True)
