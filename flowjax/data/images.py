@@ -1,10 +1,12 @@
 """Pixels on the host: decode, convert, resize, pad. All images are uint8 (H, W, C)."""
 
+import math
 import struct
 import zlib
 
 import numpy as np
 
+from flowjax.config import ConfigError
 from flowjax.data.records import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -62,6 +64,34 @@ def fit(image: np.ndarray, height: int, width: int) -> np.ndarray:
         image = _array(_pil(image).resize((w, h), Image.Resampling.BICUBIC))
     top, left = (h - height) // 2, (w - width) // 2
     return image[top : top + height, left : left + width]
+
+
+def bucket_sizes(area: int, step: int, least: int = 0, most: int = 0) -> list[tuple[int, int]]:
+    """Heights and widths, multiples of `step` in least..most, that hold at most `area` pixels, and as many as one side leaves the other.
+
+    least and most are by default half and twice the side of a square. These are the buckets of kohya-ss/sd-scripts: 512^2 in steps
+    of 64 makes 17 of them, 1024^2 from 256 to 2048 makes 41.
+    """
+    side = math.isqrt(max(area, 0))
+    least, most = least or -(-side // 2), most or 2 * side
+    if step < 1 or side < step or not 0 < least <= side <= most:
+        raise ConfigError(
+            f"--area = {area}, --step = {step} and --sides = {least},{most} do not fit: a square of the area, of side {side}, should be at "
+            "least a step long and within the sides"
+        )
+    square = side // step * step
+    found = {(square, square)}
+    for width in range(-(-least // step) * step, most + 1, step):
+        height = min(most, area // width) // step * step
+        if height >= least:
+            found |= {(height, width), (width, height)}
+    return sorted(found)
+
+
+def nearest_bucket(shape, sizes) -> tuple[int, int]:
+    """The size whose ratio of height to width is nearest, on a logarithmic scale, to that of an image; of several the largest."""
+    ratio = math.log(shape[0] / shape[1])
+    return min(sizes, key=lambda s: (round(abs(math.log(s[0] / s[1]) - ratio), 9), -s[0] * s[1]))
 
 
 def pad(images: np.ndarray, size: int) -> np.ndarray:

@@ -68,9 +68,9 @@ def write(
                             raise records.DataError(f"{where}: its latent is not finite in {dtype}")
                         yield split, where, {"x": z[i], **{k: v[i] for k, v in others.items()}}
 
-    classes = {"num_classes": manifest["num_classes"], "class_names": manifest.get("class_names", ())}
+    about = {"num_classes": manifest["num_classes"], "class_names": manifest.get("class_names", ()), "buckets": "buckets" in manifest}
     source = {"latents": latents}
-    return records.write(out, examples(), name=f"{manifest['name']}_latents", source=source, command=command, overwrite=overwrite, **classes)
+    return records.write(out, examples(), name=f"{manifest['name']}_latents", source=source, command=command, overwrite=overwrite, **about)
 
 
 def _without_place(manifest: Mapping[str, Any]) -> dict[str, Any]:

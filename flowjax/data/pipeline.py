@@ -2,6 +2,7 @@
 
     {"x": float32 (b, H, W, C) in [-1, 1], or points as they are; "cond": {"label": int32 (b,)}, or {} when unlabelled}
     {"win": ..., "lose": ..., "cond": ...}                                                       for preference pairs
+    {"x": ..., "z": ..., "cond": ...}                                       for couplings: z is the noise that x was made from
 
 With a tokenizer (`text`, see flowjax.data.text) "cond" holds "tokens" too, of one of the image's captions; embeddings that are
 stored with the examples ("text", "pooled") come along by themselves.
@@ -22,7 +23,7 @@ import numpy as np
 
 from flowjax import conditions
 from flowjax.config import ConfigError, arguments, check, lookup, split as split_section
-from flowjax.data import counter, images, text as text_lib
+from flowjax.data import counter, images, records, text as text_lib
 from flowjax.data.records import DataError
 from flowjax.data.sources import SOURCES
 
@@ -32,7 +33,7 @@ PREFETCH_BYTES = 2**28
 THREADS = 4
 
 _ORDER, _FLIP, _CAPTION = 0, 1, 2  # purposes of random numbers
-_PIXELS = {"image": "x", "x": "x", "win": "win", "lose": "lose"}  # column of a source -> entry of a batch
+_PIXELS = {"image": "x", "x": "x", "z": "z", "win": "win", "lose": "lose"}  # column of a source -> entry of a batch
 
 
 class _Common(NamedTuple):
@@ -67,7 +68,7 @@ def _shapes(cond) -> dict[str, tuple[int, ...]]:
 class _Part:
     """One source with its transforms: reads rows by number and finishes them as float batches."""
 
-    def __init__(self, section: Mapping[str, Any] | str, split: str):
+    def __init__(self, section: Mapping[str, Any] | str, split: str, room: int = CACHE_BYTES):
         name, settings = split_section(section, "data")
         source = lookup(SOURCES, name, "data.name")
         common, own = arguments(_Common), arguments(source, ("split",))
@@ -95,7 +96,9 @@ class _Part:
                 raise DataError(f"{self.manifest['name']}: {what} of the examples: {have}, but data.expect_{what} = {wanted}")
         self._cache = None
         count = self.manifest["count"]
-        if count is not None and count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize <= CACHE_BYTES:
+        size = math.inf if count is None else count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize
+        self.cached = size if size <= room else 0  # bytes
+        if self.cached:
             self._cache = self._load(np.arange(count))
             if self.tokenizer:  # a caption that does not fit is met now, not after hours
                 self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")], self.manifest["name"])
@@ -124,6 +127,8 @@ class _Part:
         if (pad or resize or flip) and (len(shape) != 3 or "latents" in self.manifest):
             what = "holds latents" if "latents" in self.manifest else f"has shape {tuple(shape)}"
             raise ConfigError(f"data.pad, resize and flip are for images; {name} {what}")
+        if (pad or resize) and "z" in self.manifest["columns"]:
+            raise ConfigError(f"data.pad and resize: {name} holds couplings, whose noise belongs to the size that they have")
         if resize:
             if dtype != "uint8":
                 raise ConfigError(f"data.resize is for uint8 images; {name} holds {dtype}")
@@ -237,6 +242,7 @@ class _Batches:
 
     parts: list[_Part]
     weights: tuple[float, ...]
+    whole: bool  # a batch is of one part
     batch_size: int
     seed: int
     process_index: int
@@ -249,8 +255,12 @@ class _Batches:
 
     def __getitem__(self, k: int) -> dict[str, Any]:
         rows = self.batch_size // self.process_count
-        positions = int(k) * self.batch_size + self.process_index * rows + np.arange(rows)
-        part, local = interleave(positions, self.weights)
+        own = self.process_index * rows + np.arange(rows)
+        if self.whole:
+            part, batch = interleave(np.array([int(k)]), self.weights)
+            part, local = np.repeat(part, rows), batch * self.batch_size + own
+        else:
+            part, local = interleave(int(k) * self.batch_size + own, self.weights)
         out: dict[str, np.ndarray] = {}
         for j in np.unique(part):
             mine = part == j
@@ -266,8 +276,9 @@ class _Batches:
 class Pipeline:
     """Iterator over batches; its whole state is the number of the next one.
 
-    Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example, `conditions`
-    those of its condition by name (flowjax.conditions), `tokenizer` is None without `text`, the section that describes it.
+    Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example, `shapes` are those
+    of all buckets (`shape`, that of most images, first), `conditions` those of its condition by name (flowjax.conditions),
+    `tokenizer` is None without `text`, the section that describes it.
     """
 
     def __init__(self, batches: _Batches, manifest: dict[str, Any], start: int):
@@ -275,6 +286,7 @@ class Pipeline:
 
         first = batches.parts[0]
         self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
+        self.shapes = tuple(dict.fromkeys(p.shape for p in batches.parts))
         self.conditions, self.tokenizer, self.text = first.conditions, first.tokenizer, first.common.text
         size = 4 * math.prod(self.shape) * batches.batch_size // batches.process_count
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
@@ -298,12 +310,28 @@ class Pipeline:
         grain.experimental.set_next_index(self._iterator, int(state["next_index"]))
 
 
-def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
+def _buckets(path, split: str) -> list[tuple[int, int]]:
+    """Sizes of the buckets of a data set, that with the most images first."""
+    manifest = records.read_manifest(path)
+    found = records.sizes(manifest, split)
+    if not found:
+        have = [k for k in manifest["splits"] if records.sizes(manifest, k)]
+        raise ConfigError(f"data.name = 'buckets': {path} has no buckets in split {split!r}; splits with buckets: {', '.join(have) or 'none'}")
+    return sorted(found, key=lambda size: -found[size])
+
+
+def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...], bool]:
+    """(parts, weights, whether a batch is of one part)."""
     if section is None:
         raise ConfigError("no data: this network was converted, not trained here; say which data to use (--data)")
     name, settings = split_section(section, "data")
+    if name == "buckets":
+        if "path" not in settings or (settings.keys() & {"size", "resize", "pad"}):
+            raise ConfigError("data.name = 'buckets' needs data.path, a data set made with --area, and no size, resize or pad: it takes all sizes as they are")
+        parts = _opened([{**settings, "name": "array_record", "size": size} for size in _buckets(settings["path"], split)], split)
+        return parts, tuple(float(len(part.source)) for part in parts), True
     if name != "mixture":
-        return [_Part(section, split)], (1.0,)
+        return _opened([section], split), (1.0,), False
 
     def mixture(parts: tuple, weights: tuple):
         return tuple(parts), tuple(float(w) for w in weights)
@@ -311,7 +339,7 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
     sections, weights = mixture(**check(mixture, settings, "data"))
     if not sections or len(weights) != len(sections) or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"data.weights = {weights} must be {len(sections)} positive numbers, one for each of data.parts")
-    parts = [_Part(s, split) for s in sections]
+    parts = _opened(sections, split)
 
     def kind(p):
         columns = sorted({*p.manifest["columns"]} - {"caption"})
@@ -320,7 +348,34 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...]]:
     kinds = [kind(p) for p in parts]
     if any(k != kinds[0] for k in kinds):
         raise ConfigError(f"data.parts must agree in shape, dtype, classes, columns and text, but are {'; '.join(map(str, kinds))}")
-    return parts, weights
+    return parts, weights, False
+
+
+def _opened(sections, split: str) -> list[_Part]:
+    """Parts that share the memory for decoded data."""
+    parts: list[_Part] = []
+    for section in sections:
+        parts.append(_Part(section, split, CACHE_BYTES - sum(p.cached for p in parts)))
+    return parts
+
+
+def _described(parts, weights, whole: bool) -> dict[str, Any]:
+    """The manifest of one part, of buckets or of a mixture."""
+    manifest = parts[0].manifest
+    if whole:
+        counts = {"x".join(map(str, p.manifest["shape"][:2])): p.manifest["count"] for p in parts}
+        return manifest | {"count": sum(counts.values()), "buckets": counts}
+    if len(parts) == 1:
+        return manifest
+    return {
+        "name": "mixture",
+        "split": manifest["split"],
+        "count": None,
+        "shape": list(parts[0].shape),
+        "num_classes": parts[0].num_classes,
+        "weights": list(weights),
+        "parts": [p.manifest for p in parts],
+    } | {k: v for k, v in manifest.items() if k == "tokenizer"}  # the parts have the same one
 
 
 def pipeline(
@@ -337,7 +392,8 @@ def pipeline(
     """The batches of a data section.
 
     **Arguments:** `section` has the name of a source (flowjax.data.sources.SOURCES), its settings, and pad, resize, flip; or
-    name "mixture" with `parts` (sections) and `weights`. `batch_size` is global; a process gets batch_size / process_count
+    name "mixture" with `parts` (sections) and `weights`; or name "buckets" with the `path` of a data set whose images differ in
+    size: each batch is of one bucket, and every image is shown once before any of its bucket is shown again. `batch_size` is global; a process gets batch_size / process_count
     rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch, without the
     rows that do not fill a batch. `start` is the number of the first batch.
 
@@ -347,26 +403,16 @@ def pipeline(
         raise ConfigError(f"batch_size = {batch_size} must be a positive multiple of the number of processes, {process_count}")
     if not 0 <= process_index < process_count or start < 0:
         raise ConfigError(f"process_index = {process_index} must be in 0..{process_count - 1} and start = {start} not negative")
-    parts, weights = _parts(section, split)
+    parts, weights, whole = _parts(section, split)
     count = sys.maxsize
     if not repeat:
         if len(parts) > 1 or parts[0].source.endless:
-            raise ConfigError("repeat = False is for one finite data set, not for a mixture or endless data")
+            raise ConfigError("repeat = False is for one finite data set, not for a mixture, buckets or endless data")
         count = len(parts[0].source) // batch_size
         if not count:
             raise ConfigError(f"batch_size = {batch_size} is larger than the {len(parts[0].source)} examples of split {split!r}")
-    manifest = parts[0].manifest
-    if len(parts) > 1:
-        manifest = {
-            "name": "mixture",
-            "split": split,
-            "count": None,
-            "shape": list(parts[0].shape),
-            "num_classes": parts[0].num_classes,
-            "weights": list(weights),
-            "parts": [p.manifest for p in parts],
-        } | {k: v for k, v in manifest.items() if k == "tokenizer"}  # the parts have the same one
-    return Pipeline(_Batches(parts, weights, batch_size, seed, process_index, process_count, shuffle, count), manifest, start)
+    batches = _Batches(parts, weights, whole, batch_size, seed, process_index, process_count, shuffle, count)
+    return Pipeline(batches, _described(parts, weights, whole), start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,6 +424,10 @@ class Declared:
     conditions: Mapping[str, tuple[int, ...]]
     manifest: Mapping[str, Any]
     tokenizer: None = None
+
+    @property
+    def shapes(self):
+        return (self.shape,)
 
 
 def declared(section: Mapping[str, Any] | str) -> Declared:
@@ -395,23 +445,24 @@ def declared(section: Mapping[str, Any] | str) -> Declared:
 def ordered(section: Mapping[str, Any] | str, split: str, batch: int):
     """(manifest, iterator) over every example of a split once, in order, without flips: (rows, x, other columns) of up to `batch`.
 
-    x is float32 (n, ...) as in a batch; the other columns (labels, captions, embeddings) are as they are stored.
+    x is float32 (n, ...) as in a batch; the other columns (labels, captions, embeddings) are as they are stored. Of buckets, one
+    comes after the other, and rows are counted in each.
     """
-    parts, _ = _parts(section, split)
-    if len(parts) > 1 or parts[0].source.endless:
+    parts, weights, whole = _parts(section, split)
+    if (len(parts) > 1 and not whole) or parts[0].source.endless:
         raise ConfigError("data: one finite data set is needed, not a mixture or endless data")
-    (part,) = parts
 
     def batches():
-        for start in range(0, len(part.source), batch):
-            rows = np.arange(start, min(start + batch, len(part.source)))
-            columns = part.source.read(rows)
-            x = _finish(part.transformed(columns, rows)).get("x")
-            if x is None:
-                raise ConfigError(f"{part.manifest['name']} holds preference pairs, not examples")
-            yield rows, x, {k: v for k, v in columns.items() if k not in _PIXELS}
+        for part in parts:
+            for start in range(0, len(part.source), batch):
+                rows = np.arange(start, min(start + batch, len(part.source)))
+                columns = part.source.read(rows)
+                x = _finish(part.transformed(columns, rows)).get("x")
+                if x is None:
+                    raise ConfigError(f"{part.manifest['name']} holds preference pairs, not examples")
+                yield rows, x, {k: v for k, v in columns.items() if k not in _PIXELS}
 
-    return part.manifest, batches()
+    return _described(parts, weights, whole), batches()
 
 
 def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None) -> dict[str, Any]:
@@ -419,9 +470,11 @@ def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | 
 
     With `text`, "cond" has the tokens of each first caption, and "caption" lists all of them as they are stored.
 
-    **Errors:** ConfigError for a mixture, for endless data without `limit`, and for more than 4 GiB.
+    **Errors:** ConfigError for a mixture and for buckets, for endless data without `limit`, and for more than 4 GiB.
     """
-    parts, _ = _parts(section, split)
+    parts, _, whole = _parts(section, split)
+    if whole:
+        raise ConfigError("images of several sizes do not make one batch; take one bucket: data.name = 'array_record' with data.size = (height, width)")
     if len(parts) > 1:
         raise ConfigError("arrays of a mixture are not defined; ask for its parts")
     (part,) = parts

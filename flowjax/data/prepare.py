@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flowjax.config import ConfigError, lookup
-from flowjax.data import images, records
+from flowjax.data import filters, images, records
 from flowjax.data.records import DataError
 
 Example = tuple[str, str, dict[str, Any]]
@@ -291,14 +291,16 @@ DOORS = {"npz": npz, "idx": idx, "folder": folder, "tfds": tfds}
 # --- the way through ----------------------------------------------------------------------------------------------------
 
 
-def _fitted(examples: Iterable[Example], size: int, channels: int) -> Iterator[Example]:
+def _fitted(examples: Iterable[Example], size: int, channels: int, buckets: list[tuple[int, int]]) -> Iterator[Example]:
     shape = None
     for split, where, example in examples:
         image = images.convert(example["image"], channels)
+        if buckets:
+            image = images.fit(image, *images.nearest_bucket(image.shape, buckets))
         image = images.resize(image, size) if size else image
         shape = shape or image.shape
-        if image.shape != shape:
-            raise DataError(f"{where}: image is {image.shape} where others are {shape}; give --size (and --channels)")
+        if image.shape != shape and not buckets:
+            raise DataError(f"{where}: image is {image.shape} where others are {shape}; give --size or --area (and --channels)")
         yield split, where, example | {"image": image}
 
 
@@ -326,14 +328,22 @@ def prepare(
     channels: int = 0,
     holdout: float = 0.0,
     class_names: tuple[str, ...] = (),
+    area: int = 0,
+    step: int = 64,
+    sides: tuple[int, int] = (0, 0),
+    smallest_side: int = 0,
+    caption_words: tuple[int, int] = (0, 0),
+    duplicates: int = -1,
     overwrite: bool = False,
     command: str = "",
 ) -> dict[str, Any]:
     """Turn the data at `path` into records in the directory `out`; returns the manifest.
 
     **Arguments:** `size` > 0 resizes (shorter side, antialiased bicubic) and crops the centre square; `channels` 1, 3 or 4
-    converts; 0 keeps either. `holdout` in (0, 1) makes a test split where there is none. `class_names` names the classes of
-    npz and idx files in the order of their labels.
+    converts; 0 keeps either. `area` > 0 makes buckets instead: each image is scaled and cropped to the size of nearest aspect ratio
+    among images.bucket_sizes(area, step, *sides). `holdout` in (0, 1) makes a test split where there is none. `class_names` names
+    the classes of npz and idx files in the order of their labels. `smallest_side`, `caption_words` and `duplicates` (bits, -1 for
+    none) leave images out (flowjax.data.filters), counted in the manifest's source["dropped"].
 
     **Errors:** DataError naming the file that is damaged or does not fit. Nothing is left at `out` then.
     """
@@ -342,6 +352,16 @@ def prepare(
         raise ConfigError(f"--channels = {channels}; valid: 0 (as they are), 1, 3, 4")
     if size < 0 or not 0 <= holdout < 1:
         raise ConfigError(f"--size = {size} must be at least 0 and --holdout = {holdout} in [0, 1)")
+    if area and size:
+        raise ConfigError(f"--area = {area} and --size = {size}: give one of them, buckets or one size")
+    buckets = images.bucket_sizes(area, step, *sides) if area else []
+    kept = {}
+    if smallest_side:
+        kept["smallest_side"] = filters.smallest_side(smallest_side)
+    if any(caption_words):
+        kept["caption_words"] = filters.caption_words(*caption_words)
+    if duplicates >= 0:
+        kept["duplicates"] = filters.duplicates(duplicates)
     path = pathlib.Path(path).expanduser()
     if door in ("npz", "idx"):
         opened = DOORS[door](path, class_names)
@@ -349,8 +369,12 @@ def prepare(
         raise ConfigError(f"--class_names belongs to npz and idx; a {door} brings its own")
     else:
         opened = DOORS[door](path, channels)
-    examples = _fitted(opened.examples, size, channels)
     settings = {"door": door, "path": str(path), "size": size, "channels": channels, "holdout": holdout}
+    if area:
+        settings |= {"area": area, "step": step, "sides": list(sides)}
+    if kept:
+        settings |= {"smallest_side": smallest_side, "caption_words": list(caption_words), "duplicates": duplicates, "dropped": {}}
+    examples = _fitted(filters.apply(opened.examples, kept, settings.get("dropped", {})), size, channels, buckets)
     return records.write(
         out,
         _held_out(examples, holdout) if holdout else examples,
@@ -360,4 +384,5 @@ def prepare(
         source=settings,
         command=command,
         overwrite=overwrite,
+        buckets=bool(area),
     )

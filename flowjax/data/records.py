@@ -1,7 +1,9 @@
 """The native format: a directory of ArrayRecord shards, one msgpack map per example, described by manifest.json.
 
 An example is a flat dict of arrays (raw little-endian bytes), integers and strings; dtype and shape are the same for all
-examples and stand in the manifest. Shards are written with group_size:1, i.e. for random access, and zstd-compressed.
+examples and stand in the manifest. Only the pictures of a data set in buckets differ in height and width: then a shard holds
+those of one bucket, its shape stands with the shard, and the rows of a split are ordered by bucket.
+Shards are written with group_size:1, i.e. for random access, and zstd-compressed.
 A data set appears whole or not at all: it is written beside its destination and renamed.
 """
 
@@ -23,6 +25,7 @@ from flowjax.config import ConfigError
 FORMAT = "flowjax-records/1"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2**28
+_MAIN = ("image", "win", "x")  # the feature that an example is about
 
 
 class DataError(ConfigError):
@@ -68,8 +71,8 @@ def _decode(records: list[bytes], features: Mapping[str, Any]) -> dict[str, Any]
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
-class _Split:
-    """The shards of one split, while they are written."""
+class _Part:
+    """The shards of one split, or of one of its buckets, while they are written."""
 
     def __init__(self, folder: pathlib.Path, name: str, shard_bytes: int):
         self.folder, self.name, self.shard_bytes = folder, name, shard_bytes
@@ -94,11 +97,10 @@ class _Split:
             self.writer.close()
             self.writer = None
 
-    def describe(self) -> dict[str, Any]:
-        for shard in self.shards:
-            file = self.folder / shard["file"]
-            shard.update(bytes=file.stat().st_size, sha256=_sha256(file))
-        return {"count": sum(s["count"] for s in self.shards), "shards": self.shards}
+    def describe(self, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the manifest says of each shard, with `about` in it."""
+        files = [(shard, self.folder / shard["file"]) for shard in self.shards]
+        return [{**shard, **about, "bytes": file.stat().st_size, "sha256": _sha256(file)} for shard, file in files]
 
 
 def _sha256(file: pathlib.Path) -> str:
@@ -117,11 +119,13 @@ def write(
     command: str = "",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    buckets: bool = False,
 ) -> dict[str, Any]:
     """Write a data set to the directory `out` and return its manifest.
 
     **Arguments:** `examples` yields (split, where, example): `where` names the file for error messages; `example` maps
-    feature names to uint8/int/float arrays, integers (stored as int32) or strings.
+    feature names to uint8/int/float arrays, integers (stored as int32) or strings. With `buckets`, images (H, W, C) may differ in
+    height and width.
 
     Writing what is there already changes nothing; anything else that is there is replaced only with `overwrite`, and only
     if it is a data set of this format. **Errors:** DataError if an example does not look like the first one.
@@ -132,21 +136,31 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     folder.chmod(0o755)  # mkdtemp makes it private
-    splits: dict[str, _Split] = {}
+    parts: dict[tuple, _Part] = {}  # by split and, in buckets, height and width
     try:
         features = None
         for split, where, example in examples:
             example = {k: np.asarray(v, np.int32) if isinstance(v, int | np.integer) else v for k, v in example.items()}
             seen = {k: _feature(example[k]) for k in sorted(example)}
+            size: list[int] = []
+            if buckets:
+                *size, channels = seen[_main(seen)]["shape"]
+                seen[_main(seen)]["shape"] = [None, None, channels]
             features = features or seen
             if seen != features:
                 raise DataError(f"{where}: {_brief(seen)} differs from the examples before it: {_brief(features)}")
-            splits.setdefault(split, _Split(folder, split, shard_bytes)).add(_encode(example))
-        if not splits:
+            if (split, *size) not in parts:
+                parts[split, *size] = _Part(folder, "-".join([split, *["x".join(map(str, size))] * bool(size)]), shard_bytes)
+            parts[split, *size].add(_encode(example))
+        if not parts:
             raise DataError(f"{name}: no examples")
-        for split in splits.values():
-            split.close()
-        main = features.get("image") or features.get("win") or features.get("x") or {}
+        splits: dict[str, dict[str, Any]] = {}
+        for (split, *size), part in sorted(parts.items()):
+            part.close()
+            about = splits.setdefault(split, {"count": 0, "shards": []})
+            about["shards"] += part.describe({"size": size} if size else {})
+            about["count"] = sum(s["count"] for s in about["shards"])
+        main = features.get(_main(features), {})
         manifest = {
             "format": FORMAT,
             "name": name,
@@ -156,18 +170,23 @@ def write(
             "num_classes": int(num_classes),
             "class_names": list(class_names),
             "captions": "caption" in features,
-            "splits": {k: splits[k].describe() for k in sorted(splits)},
+            "splits": splits,
         }
-        digests = {k: splits[k].digest.hexdigest() for k in sorted(splits)}
+        digests = {"/".join(map(str, k)): parts[k].digest.hexdigest() for k in sorted(parts)}
         content = {k: manifest[k] for k in ("features", "num_classes", "class_names")} | {"splits": digests}
         manifest["content_hash"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         manifest |= {"code_version": flowjax.__version__, "source": dict(source or {}), "command": command}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         return _install(folder, out, manifest, overwrite)
     finally:
-        for split in splits.values():
-            split.close()
+        for part in parts.values():
+            part.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _main(features) -> str:
+    """Name of the feature that the examples are about, or "" where they are about something else."""
+    return next((k for k in _MAIN if k in features), "")
 
 
 def _brief(features) -> str:
@@ -223,10 +242,22 @@ def damaged(path, manifest, thorough: bool = False) -> list[str]:
     return out
 
 
-class Records:
-    """Random access to one split: `read(indices)` gives a dict of stacked arrays (and lists of strings)."""
+def sizes(manifest, split: str) -> dict[tuple[int, int], int]:
+    """{(height, width): number of images} of the buckets of a split, in the order of its rows; {} where its images are alike."""
+    out: dict[tuple[int, int], int] = {}
+    for shard in manifest["splits"].get(split, {"shards": ()})["shards"]:
+        if "size" in shard:
+            out[tuple(shard["size"])] = out.get(tuple(shard["size"]), 0) + shard["count"]
+    return out
 
-    def __init__(self, path, split: str):
+
+class Records:
+    """Random access to one split: `read(indices)` gives a dict of stacked arrays (and lists of strings).
+
+    size: height and width of the bucket that is wanted, of a data set in buckets; `manifest` then speaks of that alone.
+    """
+
+    def __init__(self, path, split: str, size: tuple[int, int] | tuple[()] = ()):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.manifest = read_manifest(path)
@@ -235,6 +266,13 @@ class Records:
         if bad := damaged(path, self.manifest):
             raise DataError(f"{', '.join(bad)}: missing or not of the size in {MANIFEST}; prepare the data again")
         shards = self.manifest["splits"][split]["shards"]
+        if (valid := sizes(self.manifest, split)) or size:
+            if tuple(size) not in valid:
+                found = f"in buckets of {', '.join(f'{h} x {w}' for h, w in valid)}" if valid else "of one size"
+                raise ConfigError(f"{path} holds images {found}; data.size = {tuple(size)}, but data.name = 'buckets' takes all of them")
+            shards = [s for s in shards if s["size"] == list(size)]
+            main = self.manifest["features"][_main(self.manifest["features"])]
+            main["shape"] = self.manifest["image_shape"] = [*size, main["shape"][2]]
         self._source = ArrayRecordDataSource([str(pathlib.Path(path).expanduser() / s["file"]) for s in shards])
 
     def __len__(self):

@@ -117,9 +117,9 @@ def _newest_version(root: pathlib.Path) -> pathlib.Path:
     return max(versions, key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")])
 
 
-def array_record(split: str, path: str) -> Source:
-    """A directory made by tools/prepare_data.py (or flowjax.data.records.write)."""
-    reader = records.Records(path, split)
+def array_record(split: str, path: str, size: tuple = ()) -> Source:
+    """A directory made by tools/prepare_data.py (or flowjax.data.records.write); size: (height, width) of one bucket, where it has some."""
+    reader = records.Records(path, split, tuple(size))
     whole = reader.manifest
     kept = {k: whole[k] for k in ("name", "dtype", "num_classes", "class_names", "captions", "content_hash")}
     place = {"split": split, "count": len(reader), "shape": whole["image_shape"], "path": str(path)}

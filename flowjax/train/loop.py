@@ -52,16 +52,17 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     batch = mesh_lib.place(next(this.pipeline), this.mesh)
     this.pipeline.set_state(position)
     train_step = this.step()
-    lowered = train_step.lower(this.target, this.frozen, batch)
+    # A program for each size of images: one, but for buckets.
+    lowered = {shape: train_step.lower(this.target, this.frozen, this.batch(shape)) for shape in this.pipeline.shapes}
     draws = this.roles["net"].module.kind in ("denoiser", "autoencoder")
     draw = _drawer(this, workdir) if draws or config["sample"]["every"] else None
     validate = _validation(this) if config["validation"]["every"] else None
-    _check_best(config, lowered.out_info[1])
+    _check_best(config, lowered[this.pipeline.shape].out_info[1])
     _claim(workdir, this)
 
     # --- compile once, beside what follows; a step of any other shape would raise instead of compiling again
     compiler = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
-    compiling = compiler.submit(lowered.compile)
+    compiling = compiler.submit(lambda: {shape: program.compile() for shape, program in lowered.items()})
 
     # --- state: fresh, or the newest intact checkpoint together with its place in the data
     saver = checkpoint.Checkpoints(workdir / "checkpoints", **{k: v for k, v in config["checkpoint"].items() if k != "every"})
@@ -92,7 +93,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     say = log.Log(workdir, first, steps, config["log"]["tensorboard"], config["log"]["progress"])
     cleanup.callback(say.close)
     rate = {k: jax.jit(schedule) for k, schedule in this.schedules.items()}
-    facts = _facts(this, train_step, compiled, state, batch, drawn, rate)
+    facts = _facts(this, train_step, compiled[this.pipeline.shape], state, drawn, rate)
     if first == 0:
         say.say(card.write(workdir, facts))
     else:
@@ -153,7 +154,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         batch = mesh_lib.place(next(this.pipeline), this.mesh)
         clock.enter("step", was="data" if pending is None or _ready(pending[1]) else "step")
         rates = {k: fn(np.float32(step // this.every[k])) for k, fn in rate.items()}
-        state, metrics = compiled(state, this.frozen, batch)
+        state, metrics = compiled[_shape(batch)](state, this.frozen, batch)
         step += 1
         if pending:
             report(*pending)
@@ -208,6 +209,11 @@ def _asked_to_stop(stop, turn) -> bool:
     if stop.is_set():
         signal.raise_signal(signal.SIGTERM)  # jax listens to it
     return multihost_utils.reached_preemption_sync_point(turn + 1)
+
+
+def _shape(batch) -> tuple[int, ...]:
+    """Shape of an example of the batch."""
+    return (batch["x"] if "x" in batch else batch["win"]).shape[1:]
 
 
 def _ready(metrics) -> bool:
@@ -351,12 +357,12 @@ def _times(this, state, batch, first):
     return jax.device_get(this.jit(draw)(state, this.frozen, {**batch, **blank}, first + np.arange(count, dtype=np.int32)))
 
 
-def _facts(this, train_step, compiled, state, batch, drawn, rate):
+def _facts(this, train_step, compiled, state, drawn, rate):
     """The card's content. drawn: times that the first steps draw, or None; rate: learning rate as a function of the step, by role."""
     config = this.config
     memory = compiled.memory_analysis()
     counted = this.plain()
-    flops_per_step = flops.count(train_step if counted is this else counted.step(), state, this.frozen, batch)
+    flops_per_step = flops.count(train_step if counted is this else counted.step(), state, this.frozen, this.batch())
     dtypes = {str(v.dtype) for v in jax.tree.leaves(state.params)}
     facts = {
         "config": config,
