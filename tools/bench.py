@@ -6,6 +6,7 @@ steps/s, images/s, tokens/s per chip, model-TFLOP/s, utilisation, memory, waitin
     --synthetic                                  one fixed batch instead of the pipeline: compute without data
     --feed                                       the pipeline alone: images/s that it can deliver, whoever computes
     --sampling --samplers=heun,euler --steps=10,25   drawing samples instead of training, by sampler and steps
+    --sampling --price=2.5                       what a megapixel costs, where the devices together cost so much an hour
     --vs=torch                                   the same model in plain PyTorch in turn, A B A B ..., and the ratio of the two
     --json=FILE                                  everything, with device, versions and config
 
@@ -95,6 +96,8 @@ class Steps:
     """Our side of training: Steps(run)(count) trains on, count steps; `spent` is what compiling took."""
 
     def __init__(self, this, synthetic: bool):
+        if len(this.pipeline.shapes) > 1:
+            raise ConfigError("data in buckets have a program for each size; measure one: data.name = 'array_record' with data.size = (height, width)")
         self.this = this
         self.batches = (mesh_lib.place(batch, this.mesh) for batch in this.pipeline)
         self.first = next(self.batches)
@@ -171,7 +174,12 @@ def train(config, warmup: int = 3, repeats: int = 20, synthetic: bool = False) -
     }  # fmt: skip
 
 
-def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repeats: int = 5) -> list[dict]:
+def dollars_per_megapixel(price: float, seconds: float, images: int, shape) -> float:
+    """What a million pixels cost where `seconds` of a machine at `price` an hour make so many images of (height, width, channels)."""
+    return price / 3600 * seconds / (images * math.prod(shape[:2]) / 1e6)
+
+
+def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repeats: int = 5, price: float = 0.0) -> list[dict]:
     """What sampling costs, a row for each sampler and number of steps; what is not given comes from the config's sample section."""
     this, rows = Run(config), []
     batch = batch or this.config["evaluate"]["batch"]
@@ -186,7 +194,7 @@ def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repea
             **rates(middle, draws.work(), batch, tokens_of(this)),
             "memory": memory_of(draws.sample),
             "seconds_to": draws.spent,
-        })  # fmt: skip
+        } | ({"dollars_per_megapixel": dollars_per_megapixel(price, middle, batch, this.image_shape())} if price else {}))  # fmt: skip
     return rows
 
 
@@ -382,7 +390,7 @@ def table_of_sampling(rows) -> list[str]:
             "planned": _bytes(row["memory"]["planned"]),
             "in use": _bytes(row["memory"]["most_in_use"]),
             "compile": _number(row["seconds_to"]["compile"], " s", digits=3) + "*" * row["seconds_to"]["cached"],
-        }
+        } | ({"$/megapixel": _number(row["dollars_per_megapixel"], digits=3)} if "dollars_per_megapixel" in row else {})
         for row in rows
     ]) + (["* from the compile cache"] if any(row["seconds_to"]["cached"] for row in rows) else [])  # fmt: skip
 
@@ -424,19 +432,22 @@ def define():
     flags.DEFINE_list("samplers", [], "With --sampling: names; default: the config's sampler.")
     flags.DEFINE_list("steps", [], "With --sampling: numbers of steps; default: the config's.")
     flags.DEFINE_integer("batch", 0, "With --sampling: samples per call; 0: the config's evaluate.batch.", lower_bound=0)
+    flags.DEFINE_float("price", 0.0, "With --sampling: dollars an hour of all devices together, for dollars a megapixel.", lower_bound=0)
     flags.DEFINE_string("json", "", "File for everything that was measured, with device, versions and config.")
     flags.mark_flags_as_required(["config"])
 
 
 def main():
     given = flags.FLAGS
-    for name in ("samplers", "steps", "batch"):
+    for name in ("samplers", "steps", "batch", "price"):
         if given[name].present and not given.sampling:
             raise ConfigError(f"--{name} is for --sampling")
     if given["rounds"].present and not given.vs:
         raise ConfigError("--rounds is for --vs")
     if given.feed and (given.sampling or given.vs or given.synthetic):
         raise ConfigError("--feed measures the pipeline alone; leave out --sampling, --vs and --synthetic")
+    if given.price and given.vs:
+        raise ConfigError("--price is for our side alone; leave out --vs")
     if given.synthetic and (given.sampling or given.vs):
         raise ConfigError("--synthetic is for training alone: sampling reads no data, and --vs always trains on one batch")
     try:
@@ -454,6 +465,7 @@ def main():
     options = {"warmup": given.warmup} | ({"repeats": given.repeats} if given.repeats else {})
     options |= {"rounds": given.rounds} if given.rounds else {}
     options |= {"samplers": given.samplers, "steps": counts, "batch": given.batch} if given.sampling else {}
+    options |= {"price": given.price} if given.price else {}
     if given.feed:
         results = feed(given.config, **options)
         lines = [

@@ -114,6 +114,8 @@ class Run:
         for name, (_, of) in self.averages.items():
             if self.objective.roles.get(of) != "trained":
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
+        if "z" in self.pipeline.manifest.get("columns", ()) and not self.objective.coupled:
+            raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
         self.example = self._example()
         self._places()
         self._check_conditions()
@@ -183,7 +185,7 @@ class Run:
             cond = conditions.zeros(conditions.shapes_of(jax.eval_shape(lambda c: conditions.embed(text, c), cond)), 1)
         return jnp.zeros((1, *shape), jnp.float32), cond
 
-    def _image_shape(self):
+    def image_shape(self):
         """Shape of one sample, whether the data are images or the latents of some."""
         if not (self.encoded and "vae" in self.roles):
             return self.pipeline.shape
@@ -265,13 +267,14 @@ class Run:
             donate_argnums=0,
         )
 
-    def batch(self):
-        """The global batch as ShapeDtypeStructs, for compiling ahead of time."""
+    def batch(self, shape=None):
+        """The global batch as ShapeDtypeStructs, for compiling ahead of time; shape: of an example, where buckets have several."""
         rows = mesh_lib.batch_sharding(self.mesh)
         one = lambda shape, dtype: jax.ShapeDtypeStruct((self.config["batch_size"], *shape), dtype, sharding=rows)  # noqa: E731
-        names = ("win", "lose") if "win" in self.pipeline.manifest.get("columns", ()) else ("x",)
+        columns = self.pipeline.manifest.get("columns", ())
+        names = ("win", "lose") if "win" in columns else ("x", "z") if "z" in columns else ("x",)
         cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
-        return {**{k: one(self.pipeline.shape, jnp.float32) for k in names}, "cond": cond}
+        return {**{k: one(shape or self.pipeline.shape, jnp.float32) for k in names}, "cond": cond}
 
     def jit(self, fn):
         """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""
@@ -361,7 +364,7 @@ class Run:
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
             "text": self.pipeline.tokenizer and self.pipeline.text,
-            "image_shape": list(self._image_shape()), "config": self.config, "step": step, "weights": weights,
+            "image_shape": list(self.image_shape()), "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
         }
