@@ -5,32 +5,47 @@
     python -m experiments.train --config=configs/emoji_pixel.py:data/emoji --workdir=runs/emoji_pixel
     python -m experiments.sample --checkpoint=runs/emoji_pixel --prompt="red heart" --prompt="a cat face"
 
+In two stages of resolution, the first on a quarter of the tokens, its times shifted towards the data by as much as these need:
+
+    python -m experiments.train --config=configs/emoji_pixel.py:32:data/emoji --workdir=runs/emoji_pixel_32
+    python -m experiments.train --config=configs/emoji_pixel.py:data/emoji --workdir=runs/emoji_pixel \\
+        --config.roles.net.checkpoint=runs/emoji_pixel_32
+
 The patches have 8 x 8 x 3 = 192 numbers, more than the network is wide: the prediction is the image, the loss the velocity's,
 bounded near the data as the paper's is (JiT 2511.13720, whose t runs the other way: its logit-normal has mean -0.8).
 """
 
+from flowjax import times
 from flowjax.train.settings import config_dict
+
+SIZE, PATCH = 64, 8
 
 
 def get_config(arg: str = "data/emoji"):
-    """arg: directory of the prepared data, "smoke:" before it for a few steps of a tiny network."""
+    """arg: directory of the prepared data; before it "smoke:" for a few steps of a tiny network, "32:" for images of that size."""
     smoke, path = arg.startswith("smoke:"), arg.removeprefix("smoke:")
+    stage, _, rest = path.partition(":")
+    size, path = (int(stage), rest) if stage.isdigit() else (SIZE, path)
     width = 32 if smoke else 128
     return config_dict(
         steps=4 if smoke else 3000,
         batch_size=8 if smoke else 64,
         data={
-            "name": "array_record", "path": path,
+            "name": "array_record", "path": path, "resize": 0 if size == SIZE else size,
             "text": {"name": "file", "path": f"{path}/tokenizer.json", "length": 24},
         },
         model={
-            "name": "jit", "patch": 8, "width": width, "depth": 2 if smoke else 6, "heads": 4, "bottleneck": 16 if smoke else 64,
+            "name": "jit", "patch": PATCH, "width": width, "depth": 2 if smoke else 6, "heads": 4, "bottleneck": 16 if smoke else 64,
             "context_from": 1 if smoke else 2, "scan": False,
             "text_encoder": {"vocab": 2000, "length": 24, "width": width, "depth": 1 if smoke else 2, "heads": 4},
         },
         prediction="x",
         objective={
-            "name": "flow_matching", "time": {"name": "logit_normal", "mean": 0.8, "std": 0.8, "stratified": True},
+            "name": "flow_matching",
+            "time": {
+                "name": "logit_normal", "mean": 0.8, "std": 0.8, "stratified": True,
+                "shift": times.resolution_shift((size // PATCH) ** 2, (SIZE // PATCH) ** 2),
+            },
             "weight": {"name": "velocity", "floor": 0.05}, "label_drop": 0.1,
         },
         optimizer={"name": "adamw", "schedule": {"name": "constant", "rate": 1e-3, "warmup": 2 if smoke else 200}, "clip": 1.0},

@@ -80,6 +80,26 @@ def test_pixels_from_prompts(shell, emoji):
     assert not (shell.home / "bad").exists()
 
 
+def test_two_stages_of_resolution(shell, emoji):
+    """The second begins where the first ended, on more tokens."""
+    shell("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:32:{emoji}", "--workdir=small")
+    later = ("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--config.steps=1")
+    shell(*later, "--config.roles.net.checkpoint=small", "--workdir=large")
+    shell(*later, "--workdir=fresh")
+    info = json.loads((shell.home / "small" / "config.json").read_text())
+    assert info["shape"] == [32, 32, 3] and info["config"]["objective"]["time"]["shift"] == 0.5
+    small, large, fresh = (np.concatenate([v.ravel() for v in leaves(shell.home / name)]) for name in ("small", "large", "fresh"))
+    assert np.abs(large - small).max() < 0.1 * np.abs(fresh - small).max()
+
+
+def leaves(workdir):
+    import jax
+
+    from flowjax.train import export
+
+    return jax.tree.leaves(export.load(str(workdir))[1])
+
+
 def test_the_judge(shell, emoji):
     shell("experiments.train", f"--config={ROOT}/configs/emoji_clip.py:smoke:{emoji}", "--workdir=judge")
     check_workdir(shell.home / "judge", drawn=False)
