@@ -54,8 +54,7 @@ def make(
             model = model.replace(null=away)
         if guidance != "none":
             model = build(GUIDANCE, guidance, "sample.guidance", model=model, **(besides or {}))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
-        start, walk = jax.vmap(lambda k: jax.random.split(k), out_axes=1)(keys)
+        start, walk = _keys(seed, indices)
         x = samplers.noise(path, start, (len(indices), *shape), at[0])
         if edit is not None:
             seen = inner.image if edit.strength < 1 else inner.image * inner.keep
@@ -71,14 +70,25 @@ def make(
     return sample
 
 
-def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250) -> np.ndarray:
-    """Generate `count` samples with a jitted `sample`; the last batch is padded, never smaller (one compilation)."""
+def _keys(seed, indices):
+    """(B,) keys of each sample: of its noise at the start, and of the sampler."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
+    return jax.vmap(lambda k: jax.random.split(k), out_axes=1)(keys)
+
+
+def noise(seed, indices, shape):
+    """The z ~ N(0, I) that the samples `indices` (B,) of `seed` begin with, float32 (B, *shape)."""
+    return samplers.normal(_keys(seed, indices)[0], jax.ShapeDtypeStruct((len(indices), *shape), jnp.float32))
+
+
+def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250, first: int = 0) -> np.ndarray:
+    """Generate samples first .. first + count - 1 with a jitted `sample`; the last batch is padded, never smaller (one compilation)."""
     batch = min(batch, count)
     out = []
     for start in range(0, count, batch):
         rows = np.arange(start, start + batch)
         part = {k: np.asarray(v)[np.minimum(rows, count - 1)] for k, v in cond.items()}
-        out.append(np.asarray(sample(params, seed, rows, part)))
+        out.append(np.asarray(sample(params, seed, first + rows, part)))
     return np.concatenate(out)[:count]
 
 

@@ -76,12 +76,20 @@ def edm_lognormal(u, path, bounds, p_mean: float = -1.2, p_std: float = 1.2):
     return jnp.clip((t - bounds[0]) / (bounds[1] - bounds[0]), 0.0, 1.0)
 
 
+def steps(u, count: int = 1):
+    """The times at which `count` equal steps from noise begin: 1/count, 2/count, ..., 1; for count = 1, t = 1 alone."""
+    if count < 1:
+        raise ConfigError(f"times.count = {count} should be at least 1")
+    return jnp.ceil(u * count) / count
+
+
 LAWS = {
     "uniform": uniform,
     "logit_normal": logit_normal,
     "mode": mode,
     "cosmap": cosmap,
     "edm_lognormal": edm_lognormal,
+    "steps": steps,
 }
 
 

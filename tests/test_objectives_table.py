@@ -111,6 +111,23 @@ def consistency_distillation():
     return consistency("consistency_distillation", 1 - (k1 + slope(t - 0.25) * (1 - k1 / 4)) / 8)
 
 
+def progressive_distillation():
+    """Data N(0, 1/4): the student's factor of a step is the product of the teacher's two."""
+    n = 2
+    bound = objectives.build({"name": "progressive_distillation", "steps": n})
+    teacher = exact.gaussian([0.0], 0.25).model(RF)
+
+    def student(k):
+        return Model(lambda x_t, t, cond, key: k[jnp.round(t * n).astype(int) - 1][:, None] * x_t, RF, "velocity")
+
+    x = jax.random.normal(jax.random.key(0), (16, 1)) / 2
+    batch = bound.rollout({"net": student(jnp.zeros(n)), "teacher": teacher}, {"x": x, "cond": {}}, jax.random.key(1))
+    assert {*np.asarray(batch["t"]).tolist()} == {0.5, 1.0}
+    t, h = np.array([0.5, 1.0]), 0.25
+    optimum = jnp.asarray((1 - (1 - h * slope(t)) * (1 - h * slope(t - h))) * n)
+    return lambda k: bound.players[0].loss({"net": student(k)}, batch, None)[0], optimum, optimum + jnp.asarray([0.1, -0.2])
+
+
 def diffusion_dpo():
     """Without a preference (every pair in both orders) the reference is the optimum, whatever the pairs."""
     random = np.random.RandomState(0)
@@ -250,6 +267,7 @@ CASES = {
     "mae": mae,
     "consistency_distillation": consistency_distillation,
     "consistency_training": consistency_training,
+    "progressive_distillation": progressive_distillation,
     "diffusion_dpo": diffusion_dpo,
     "vae": vae,
     "vae_gan": vae_gan,

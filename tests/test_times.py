@@ -50,12 +50,22 @@ DEFAULTS = {
 
 
 def test_every_law_is_tested():
-    assert set(CDFS) == set(times.LAWS)
+    assert set(CDFS) | {"steps"} == set(times.LAWS)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_law_of_steps(count):
+    """Each of the times at which an equal number of steps begins, equally often; the clean end never."""
+    t = np.asarray(times.draw(KEY, 64, RECTIFIED, "steps", stratified=True, count=count))
+    np.testing.assert_array_equal(np.sort(t), np.repeat(np.arange(1, count + 1) / count, 64 // count).astype(np.float32))
+    np.testing.assert_allclose(times.cdf([0.1, 0.99], RECTIFIED, "steps", count=4), [0, 0.75], atol=1e-6)
+    with pytest.raises(ConfigError, match="times.count"):
+        times.draw(KEY, 4, RECTIFIED, "steps", count=0)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("stratified", [False, True])
-@pytest.mark.parametrize("name", times.LAWS)
+@pytest.mark.parametrize("name", CDFS)
 def test_laws(name, stratified, shift):
     settings, cdf = CDFS[name]
     t = times.draw(KEY, 4000, RECTIFIED, name, shift, stratified, **settings)
@@ -114,7 +124,7 @@ def test_points_of_the_laws():
         assert (np.diff(times.mode(jnp.linspace(0, 1, 101), scale)) > -1e-6).all()
 
 
-@pytest.mark.parametrize("name", times.LAWS)
+@pytest.mark.parametrize("name", CDFS)
 def test_laws_increase_from_zero_to_one(name):
     extra = {"path": RECTIFIED, "bounds": (0.0, 1.0)} if name == "edm_lognormal" else {}
     t = np.asarray(times.LAWS[name](jnp.linspace(1e-6, 1 - 1e-6, 201), **extra))

@@ -28,13 +28,15 @@ class Player(NamedTuple):
 class Objective(NamedTuple):
     """roles: role -> "trained" | "frozen" | "optional" (frozen, where the run has it) | "ema:<role>"; players in the order of their
     updates; kinds: what a role's network has to be, where the objective calls for something other than a denoiser; whole: rows are
-    compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused."""
+    compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused; coupled: takes
+    the noise batch["z"] that the data bring along (couplings), where they do."""
 
     roles: Mapping[str, str]
     players: tuple[Player, ...]
     rollout: Callable | None = None
     kinds: Mapping[str, str] = {}
     whole: bool = False
+    coupled: bool = False
 
 
 def mean_dims(x):

@@ -4,25 +4,30 @@ Sources: 2209.03003 and 2210.02747 (rectified flow, flow matching), 2006.11239 (
 Notation map: ours is t = 0 data, t = 1 noise; the first two papers run time the other way (v = -v_theirs).
 
     t ~ p(t),  z ~ N(0, I),  x_t = a x + b z,  y = c x + d z,    L = E omega(t) mean_dims ||net(x_t, t) - y||^2
+
+On couplings, data that bring along the z which a network made each x from (tools.make_couplings), this is reflow (2209.03003), and
+at t = 1 alone (time "steps") the distillation of a one-step student (2101.02388; InstaFlow 2309.06380).
 """
 
 import jax
 import jax.numpy as jnp
 
 from flowjax import predictions, times, weights
-from flowjax.config import keywords
+from flowjax.config import ConfigError, keywords
 from flowjax.objectives.base import Objective, Player, drop_condition, mean_dims
 
 
 def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0):
-    """Draw t (B,), z like x, and drop conditions. `time` is a section of flowjax.times."""
+    """Draw t (B,), z like x where the data bring none, and drop conditions. `time` is a section of flowjax.times."""
     net = nets["net"]
     key_t, key_z, key_drop = jax.random.split(key, 3)
     x = batch["x"]
+    if "z" in batch and batch["z"].shape != x.shape:
+        raise ConfigError(f"the couplings' noise has shape {batch['z'].shape[1:]} and what the network sees {x.shape[1:]}: they were made in another space")
     return {
         **batch,
         "t": times.draw(key_t, x.shape[0], net.path, prediction=net.prediction, **keywords(time)),
-        "z": jax.random.normal(key_z, x.shape, x.dtype),
+        "z": batch["z"] if "z" in batch else jax.random.normal(key_z, x.shape, x.dtype),
         "cond": drop_condition(net, batch["cond"], key_drop, label_drop),
     }
 
@@ -46,4 +51,4 @@ def regression(net, batch, output, weight):
     return jnp.mean(omega * error), {"mse": jnp.mean(error)}
 
 
-OBJECTIVE = Objective({"net": "trained"}, (Player("net", loss),), rollout)
+OBJECTIVE = Objective({"net": "trained"}, (Player("net", loss),), rollout, coupled=True)

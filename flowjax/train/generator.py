@@ -18,10 +18,11 @@ class Generator(NamedTuple):
     params: Any
     info: dict
 
-    def __call__(self, cond: dict, count: int, seed: int = 0, batch: int = 0) -> np.ndarray:
-        """(count, ...) samples for cond, one row a sample: {"label": (count,)}, {"tokens": (count, L)} or {}; batch 0 is the run's evaluate.batch."""
+    def __call__(self, cond: dict, count: int, seed: int = 0, batch: int = 0, first: int = 0) -> np.ndarray:
+        """(count, ...) samples for cond, one row a sample: {"label": (count,)}, {"tokens": (count, L)} or {}; batch 0 is the run's
+        evaluate.batch; first: number of the first of them among the samples of this seed."""
         batch = batch or self.info["config"]["evaluate"]["batch"]
-        return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch)
+        return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch, first=first)
 
 
 def second_network(guidance, shape):
@@ -58,8 +59,8 @@ def load(source, weights: str = "ema", settings: dict | None = None) -> Generato
     return build(role, params, info, source, settings)
 
 
-def build(role, params, info, source, settings: dict | None = None) -> Generator:
-    """`load` for a network that is loaded already."""
+def build(role, params, info, source, settings: dict | None = None, decode: bool = True) -> Generator:
+    """`load` for a network that is loaded already; decode: whether a network of latents makes images of them."""
     options = chosen(info, settings or {})
     guidance, besides = second_network(options.pop("guidance"), info["shape"])
     shape = tuple(info["shape"])
@@ -67,7 +68,7 @@ def build(role, params, info, source, settings: dict | None = None) -> Generator
         shape = resized(info, size)
     if prompt := options.pop("negative"):
         options["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
-    given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text"))}
+    given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text")) if decode or k != "codec"}
     return Generator(jax.jit(generate.make(role, shape, guidance=guidance, besides=besides, **given, **options)), params, info)
 
 

@@ -1,0 +1,72 @@
+"""Progressive distillation, 2202.00512 algorithm 2, for any path and prediction: one student step does two of the teacher's.
+
+Notation map: time runs the same way; the paper's alpha, sigma are a, b.
+
+    t = j/N of the student's N-step grid, m halfway to s = (j-1)/N on the teacher's of 2N steps
+    x_m = DDIM(x_t, t -> m),  x_s = DDIM(x_m, m -> s), both by the frozen teacher
+    x~ = (x_s - (b_s/b_t) x_t) / (a_s - (b_s/b_t) a_t)        the x that takes a DDIM step of the student from x_t to x_s
+    L = E omega(t) mean_dims || net(x_t, t) - y(x~) ||^2
+
+y(x~) is what a network of this prediction answers for x~; of velocity on the rectified path it is (x_t - x_s)/(t - s), the mean of
+the teacher's two. A student for N steps teaches that for N/2: `experiments.progressive` runs the stages.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowjax import predictions, times, weights
+from flowjax.config import ConfigError, build, keywords
+from flowjax.guidance import GUIDANCE
+from flowjax.objectives.base import Objective, Player, mean_dims
+from flowjax.paths import expand
+
+
+def ddim(model, x_t, t, s, cond):
+    """x_s = a_s x_hat + b_s z_hat (2010.02502 eq. 12 with sigma = 0), t and s (B,)."""
+    x, z = model.x_and_z(x_t, t, cond)
+    return model.path.perturb(x, z, s)
+
+
+def implied(path, x_t, x_s, t, s):
+    """The x whose DDIM step takes x_t at t to x_s at s (2202.00512 appendix G)."""
+    ratio = path.b(s) / path.b(t)
+    return (x_s - expand(ratio, x_t) * x_t) / expand(path.a(s) - ratio * path.a(t), x_t)
+
+
+def rollout(nets, batch, key, *, steps: int, grid="uniform", guidance="none"):
+    """Draw one of the student's `steps` times and noise, and let the teacher go two steps.
+
+    grid: a section of times.grid, with 2 `steps` steps for the teacher, every other time of which is the student's. guidance: a section
+    of flowjax.guidance that wraps the teacher, for the first stage: its students are guided without it.
+    """
+    net, teacher = nets["net"], nets["teacher"]
+    if teacher.path != net.path:
+        raise ConfigError(f"roles.teacher runs on path {teacher.path.name!r} but the trained network on {net.path.name!r} (or with other settings); they must agree")
+    if steps < 1:
+        raise ConfigError(f"objective.steps = {steps} should be at least 1")
+    if guidance != "none":
+        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
+    # From where both networks determine the image.
+    narrowest = min(net.prediction, teacher.prediction, key=lambda name: times.interval(net.path, name)[1])
+    edges = jnp.asarray(np.asarray(times.grid(2 * steps, net.path, prediction=narrowest, **keywords(grid))), jnp.float32)
+    key_t, key_z = jax.random.split(key)
+    x, cond = batch["x"], batch["cond"]
+    j = 2 * jax.random.randint(key_t, x.shape[:1], 0, steps)
+    t, m, s = edges[j], edges[j + 1], edges[j + 2]
+    z = jax.random.normal(key_z, x.shape, x.dtype)
+    x_t = net.path.perturb(x, z, t)
+    x_s = ddim(teacher, ddim(teacher, x_t, t, m, cond), m, s, cond)
+    return {**batch, "t": t, "x_t": x_t, "goal": implied(net.path, x_t, x_s, t, s)}
+
+
+def loss(nets, batch, key, *, weight="truncated_snr"):
+    """Weighted regression on the goal; `weight` is a section of flowjax.weights. Metric `mse` is unweighted."""
+    net, t, x_t = nets["net"], batch["t"], batch["x_t"]
+    y = predictions.convert(net.path, "x", net.prediction, batch["goal"], x_t, t)
+    error = mean_dims(jnp.square(net(x_t, t, batch["cond"], key) - y))
+    omega = weights.loss_weight(weight, net.path, net.prediction, t)
+    return jnp.mean(omega * error), {"mse": jnp.mean(error)}
+
+
+OBJECTIVE = Objective({"net": "trained", "teacher": "frozen"}, (Player("net", loss),), rollout)
