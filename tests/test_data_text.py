@@ -169,12 +169,10 @@ def test_several_captions_through_the_doors(tmp_path):
 
 
 def test_a_tokenizer_learned_from_captions_encodes_anything(tmp_path, captioned):
-    from tools import train_tokenizer
-
-    assert train_tokenizer.captions(captioned["path"], "train") == ["x"] + SEVERAL.split("\n") * 7
-    model = train_tokenizer.learn(["red heart", "red cat"] * 9, 270)
+    assert text.captions(captioned["path"], "train") == ["x"] + SEVERAL.split("\n") * 7
+    model = text.learn(["red heart", "red cat"] * 9, 270)
     model.save(str(tmp_path / "t.json"))
     tokenizer = text.build({"name": "file", "path": str(tmp_path / "t.json"), "length": 12})
     ids = tokenizer(["red heart", "é红?"])
     assert model.decode([int(i) for i in ids[1] if i]).strip() == "é红?" and (ids[0] > 0).sum() < len("red heart")
-    assert model.token_to_id(train_tokenizer.PADDING) == 0 == tokenizer.pad
+    assert model.token_to_id(text.PADDING) == 0 == tokenizer.pad

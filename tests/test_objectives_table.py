@@ -128,6 +128,32 @@ def progressive_distillation():
     return lambda k: bound.players[0].loss({"net": student(k)}, batch, None)[0], optimum, optimum + jnp.asarray([0.1, -0.2])
 
 
+def distribution_matching():
+    """Data N(0.2, 1/4): the generator 0.2 + z / 2, and the fake network that has its exact velocity; each player's gradient alone."""
+    t, mean = 0.6, 0.2
+    nodes, weights = quadrature.product(quadrature.normal(4), quadrature.normal(4))
+    z_in, z_t = (jnp.asarray(v)[:, None] for v in nodes.T)
+    time = jnp.full(len(z_in), t)
+    batch = {"x": z_in, "x_in": z_in, "tau": jnp.ones_like(time), "t": time, "z_t": z_t, "fake_t": time, "fake_z": z_t, "cond": {}}
+    players = objectives.build({"name": "distribution_matching", "normalise": False}).players
+
+    def loss(theta):
+        def nets(own):
+            m, s = theta[:2] if own == "net" else jax.lax.stop_gradient(theta[:2])
+            k, c = theta[2:] if own == "fake" else jax.lax.stop_gradient(theta[2:])
+            return {
+                "net": Model(lambda x, t, cond, key: m + s * x, RF, "x"),
+                "fake": Model(lambda x, t, cond, key: c + k * x, RF, "velocity"),
+                "teacher": exact.gaussian([mean], 0.25).model(RF),
+            }
+
+        return sum(quadrature.expected(lambda b, p=p: p.loss(nets(p.role), b, None), batch, jnp.asarray(weights)) for p in players)
+
+    k = slope(t)
+    optimum = jnp.asarray([mean, 0.5, k, -mean - k * (1 - t) * mean])
+    return loss, optimum, optimum + jnp.asarray([0.1, 0.05, -0.2, 0.1])
+
+
 def diffusion_dpo():
     """Without a preference (every pair in both orders) the reference is the optimum, whatever the pairs."""
     random = np.random.RandomState(0)
@@ -268,6 +294,7 @@ CASES = {
     "consistency_distillation": consistency_distillation,
     "consistency_training": consistency_training,
     "progressive_distillation": progressive_distillation,
+    "distribution_matching": distribution_matching,
     "diffusion_dpo": diffusion_dpo,
     "vae": vae,
     "vae_gan": vae_gan,

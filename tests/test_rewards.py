@@ -34,10 +34,8 @@ def test_unknown_reward_lists_the_known():
 
 
 def test_pairs_are_best_against_worst_and_ties_are_left_out():
-    from tools.make_pairs import choose
-
     x = np.arange(6).reshape(2, 3)
-    win, lose, kept = choose(x, np.array([[0.1, 0.5, 0.3], [1.0, 1.0, 1.0]]))
+    win, lose, kept = rewards.best_and_worst(x, np.array([[0.1, 0.5, 0.3], [1.0, 1.0, 1.0]]))
     np.testing.assert_array_equal(win, [1])
     np.testing.assert_array_equal(lose, [0])
     np.testing.assert_array_equal(kept, [True, False])

@@ -17,13 +17,6 @@ CANDIDATES = flags.DEFINE_integer("candidates", 4, "Samples per prompt.", lower_
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --out holds.")
 
 
-def choose(x, scores):
-    """x (P, K, ...), scores (P, K) -> (win, lose, kept rows)."""
-    kept = scores.max(1) > scores.min(1)
-    rows = np.arange(len(x))
-    return x[rows, scores.argmax(1)][kept], x[rows, scores.argmin(1)][kept], kept
-
-
 def main():
     runtime.setup()
     from flowjax.config import ConfigError
@@ -41,7 +34,7 @@ def main():
     x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, PAIRS.value * k, seed, sampling.BATCH.value))
     labels = cond.get("label")
     scores = rewards.reward(REWARD.value, x, labels)
-    win, lose, kept = choose(x.reshape(PAIRS.value, k, *x.shape[1:]), scores.reshape(PAIRS.value, k))
+    win, lose, kept = rewards.best_and_worst(x.reshape(PAIRS.value, k, *x.shape[1:]), scores.reshape(PAIRS.value, k))
     meta = {"reward": REWARD.value, "checkpoint": checkpoint, "step": info["step"], "seed": seed, "candidates": k, **sampling.told(chosen)}
     label = None if labels is None else labels[::k][kept]
     write_preferences(OUT.value, win, lose, label, info["num_classes"] or 0, meta, overwrite=OVERWRITE.value)

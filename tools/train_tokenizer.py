@@ -11,48 +11,17 @@ import pathlib
 from absl import flags
 
 from experiments import shell
-from flowjax.config import ConfigError
+from flowjax.data import text
 
 _PATH = flags.DEFINE_string("path", None, "A data set made by tools.prepare_data, with captions.", required=True)
 _OUT = flags.DEFINE_string("out", "", "The file to write; by default tokenizer.json beside the data.")
 _VOCAB = flags.DEFINE_integer("vocab", 2000, "Tokens in all; at least 257: padding and every byte.", lower_bound=257)
 _SPLIT = flags.DEFINE_string("split", "train", "The split to learn from.")
 
-PADDING = "[PAD]"
-
-
-def captions(path: str, split: str) -> list[str]:
-    """Every caption of a split."""
-    import numpy as np
-
-    from flowjax.data import records
-
-    reader = records.Records(path, split)
-    if "caption" not in reader.manifest["features"]:
-        raise ConfigError(f"{path} has no captions")
-    parts = np.array_split(np.arange(len(reader)), -(-len(reader) // 1024))  # a record holds its image too
-    return [c for part in parts for text in reader.read(part)["caption"] for c in text.split("\n")]
-
-
-def learn(texts: list[str], vocab: int):
-    """A tokenizers.Tokenizer: BPE over UTF-8 bytes, words with the space before them, PADDING as token 0."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise ConfigError("this needs the tokenizers library: pip install 'flowjax[text]'") from None
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(
-        texts, tokenizers.trainers.BpeTrainer(vocab_size=vocab, special_tokens=[PADDING], initial_alphabet=alphabet, show_progress=False)
-    )
-    return model
-
 
 def main():
-    texts = captions(_PATH.value, _SPLIT.value)
-    model = learn(texts, _VOCAB.value)
+    texts = text.captions(_PATH.value, _SPLIT.value)
+    model = text.learn(texts, _VOCAB.value)
     out = pathlib.Path(_OUT.value or f"{_PATH.value}/tokenizer.json").expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     model.save(str(out))

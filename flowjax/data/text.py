@@ -17,6 +17,8 @@ import numpy as np
 from flowjax.config import ConfigError, build as build_section, keywords
 from flowjax.data.records import DataError
 
+PADDING = "[PAD]"  # token 0 of a tokenizer that is learned here
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -80,6 +82,33 @@ def _length(length: int) -> int:
 
 
 TOKENIZERS = {"bytes": _bytes, "file": _file}
+
+
+def captions(path: str, split: str) -> list[str]:
+    """Every caption of a split."""
+    from flowjax.data import records
+
+    reader = records.Records(path, split)
+    if "caption" not in reader.manifest["features"]:
+        raise ConfigError(f"{path} has no captions")
+    parts = np.array_split(np.arange(len(reader)), -(-len(reader) // 1024))  # a record holds its image too
+    return [c for part in parts for text in reader.read(part)["caption"] for c in text.split("\n")]
+
+
+def learn(texts: list[str], vocab: int):
+    """A tokenizers.Tokenizer: BPE over UTF-8 bytes, words with the space before them, PADDING as token 0."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("this needs the tokenizers library: pip install 'flowjax[text]'") from None
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        texts, tokenizers.trainers.BpeTrainer(vocab_size=vocab, special_tokens=[PADDING], initial_alphabet=alphabet, show_progress=False)
+    )
+    return model
 
 
 def without(section) -> dict:

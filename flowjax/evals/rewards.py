@@ -31,6 +31,14 @@ def reward(name: str, images, labels) -> np.ndarray:
     return lookup(REWARDS, name, "reward")(images, labels)
 
 
+def best_and_worst(x, scores):
+    """(win, lose, kept): of x (P, K, ...) with scores (P, K) those of the highest and the lowest score in each row, without the rows
+    in which all score the same; kept (P,) says which rows stayed."""
+    kept = scores.max(1) > scores.min(1)
+    rows = np.arange(len(x))
+    return x[rows, scores.argmax(1)][kept], x[rows, scores.argmin(1)][kept], kept
+
+
 def win_rate(a, b) -> float:
     """Share of pairs in which a's reward exceeds b's; ties count half."""
     return float(np.mean(0.5 * (1.0 + np.sign(np.asarray(a) - np.asarray(b)))))

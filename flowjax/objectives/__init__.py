@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, contrastive, dpo, flow_matching, mae, progressive, repa, vae
+from flowjax.objectives import classification, consistency, contrastive, dmd, dpo, flow_matching, mae, progressive, repa, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -25,6 +25,7 @@ OBJECTIVES: dict[str, Objective] = {
     "consistency_distillation": consistency.DISTILLATION,
     "consistency_training": consistency.TRAINING,
     "progressive_distillation": progressive.OBJECTIVE,
+    "distribution_matching": dmd.OBJECTIVE,
     "diffusion_dpo": dpo.OBJECTIVE,
     "vae": vae.OBJECTIVE,
     "vae_gan": vae.GAN,
