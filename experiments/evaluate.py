@@ -34,13 +34,33 @@ def measure_autoencoder(role, params, info, section):
     return {"sampler": "reconstruction", "steps": 0, "guidance": None, "label_rule": None, "seed": 0, **about}, results
 
 
+def captions(info, checkpoint, data, split, count):
+    """cond of `count` samples: the captions of a split in turn, as tokens or as the data hold them embedded."""
+    from flowjax.data.pipeline import arrays, ordered
+    from flowjax.data.text import without
+    from flowjax.train import export
+
+    manifest, _ = ordered(without(data), split, 1)
+    if "embeddings" in manifest:
+        made, mine = (m.get("embedded", {}).get("text") for m in (manifest, info["data"]))
+        if made != mine:
+            raise ConfigError(f"{manifest['name']} holds captions embedded by another text encoder ({made}) than the network's ({mine})")
+        cond = arrays(without(data), split, count)["cond"]
+        cond = {k: cond[k] for k in manifest["embeddings"]}
+    else:
+        tokenizer = export.tokenizer_of(checkpoint, info)
+        text = info["text"] | ({"path": str(tokenizer.file)} if tokenizer.file else {})
+        cond = {"tokens": arrays(data | {"text": text}, split)["cond"]["tokens"]}
+    return {k: np.resize(v, (count, *v.shape[1:])) for k, v in cond.items()}
+
+
 def measure_samples(role, params, info, section, checkpoint):
     """(circumstances, results) of samples."""
     from flowjax.data.pipeline import arrays
     from flowjax.data.text import without
     from flowjax.evals import protocol
     from flowjax.evals.evaluate import evaluate
-    from flowjax.train import export, generator
+    from flowjax.train import generator
 
     strange = ["prompt", "prompts", "size", "init", "strength", "mask"] + ["labels"] * (not info["model"].get("num_classes"))
     if given := [k for k in strange if flags.FLAGS[k].present]:
@@ -55,17 +75,14 @@ def measure_samples(role, params, info, section, checkpoint):
         cond = sampling.labels(info, count)
         if not sampling.LABELS.value:
             cond = {"label": protocol.labels(count, info["num_classes"], rule, seed)}
-    elif info.get("text"):
+    elif sampling.captioned(info):
         rule = f"captions of {section['test_split']}, in turn"
-        tokenizer = export.tokenizer_of(checkpoint, info)
-        text = info["text"] | ({"path": str(tokenizer.file)} if tokenizer.file else {})
-        tokens = arrays(data | {"text": text}, section["test_split"])["cond"]["tokens"]
-        cond = {"tokens": np.resize(tokens, (count, tokens.shape[1]))}
+        cond = captions(info, checkpoint, data, section["test_split"], count)
     x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
 
     def real(split):
         # Samples are compared with images, not with latents made of them, and whatever is said of them.
-        part = arrays(without(info["data"].get("latents", {}).get("section", data)), split)
+        part = arrays(without(info["data"].get("latents", {}).get("section", data)), split, embedded=False)
         return {"x": part["x"], "label": part["cond"].get("label", np.zeros(len(part["x"]), np.int32))}
 
     results = evaluate(
@@ -100,7 +117,7 @@ def main():
     section = info["config"]["evaluate"]
     if DATA.value:
         other = shell.section(DATA.value, "data")
-        info = {**info, "data": {k: v for k, v in info["data"].items() if k == "tokenizer"}, "config": {**info["config"], "data": other}}
+        info = {**info, "data": {k: info["data"][k] for k in ("tokenizer", "embedded") if k in info["data"]}, "config": {**info["config"], "data": other}}
     if role.module.kind == "autoencoder":
         circumstances, results = measure_autoencoder(role, params, info, section)
     else:

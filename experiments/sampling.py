@@ -107,6 +107,7 @@ def captions(source, info, count: int) -> tuple[dict, list[str]]:
     EACH of every prompt."""
     from flowjax.train import export
 
+    tokenizer = export.tokenizer_of(source, info)
     asked = prompts()
     if count and count < len(asked):
         raise ConfigError(f"--count={count} is less than the {len(asked)} prompts")
@@ -115,12 +116,17 @@ def captions(source, info, count: int) -> tuple[dict, list[str]]:
         raise ConfigError("this network draws what a caption says: give --prompt or --prompts")
     count = count or EACH * len(asked)
     which = np.arange(count) * len(asked) // count
-    return {"tokens": export.tokenizer_of(source, info)(asked, "--prompt")[which]}, [asked[i] for i in which]
+    return {"tokens": tokenizer(asked, "--prompt")[which]}, [asked[i] for i in which]
+
+
+def captioned(info: dict) -> bool:
+    """Whether the network draws what a caption says, as tokens or embedded."""
+    return bool(info.get("text") or {"text", "pooled"} & {*(info.get("conditions") or ())})
 
 
 def asked(source, info: dict, count: int) -> tuple[int, dict, list[str]]:
     """(count, cond, the prompt of each sample or []); count 0 is the run's own, or EACH of every prompt."""
-    if info.get("text"):
+    if captioned(info):
         if LABELS.value:
             raise ConfigError("--labels: this network is asked by --prompt")
         cond, rows = captions(source, info, count)
@@ -131,7 +137,7 @@ def asked(source, info: dict, count: int) -> tuple[int, dict, list[str]]:
 
 def labels(info: dict, count: int) -> dict:
     """cond of `count` samples of a network of classes, or of none."""
-    if info.get("text"):
+    if captioned(info):
         raise ConfigError("this network draws what a caption says; only classes, or nothing, can be asked for here")
     for flag in (PROMPT, PROMPTS, NEGATIVE):
         if flag.value:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from flowjax.config import ConfigError
 
+CAPTION = ("tokens", "text", "pooled")  # those that say what a caption says
 DTYPES = {"label": jnp.int32, "tokens": jnp.int32, "text": jnp.float32, "pooled": jnp.float32, "guidance": jnp.float32}
 
 
@@ -35,7 +36,9 @@ def shapes_of(cond: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def embed(encoder, cond: Mapping) -> dict[str, jax.Array]:
-    """tokens -> "text" and "pooled", by a text encoder; the rest stays."""
+    """tokens -> "text" and "pooled", by a text encoder; the rest, and what is embedded already, stays."""
+    if "tokens" not in cond:
+        return dict(cond)
     sequence, pooled = encoder(cond["tokens"])
     return {**{k: v for k, v in cond.items() if k != "tokens"}, "text": sequence, "pooled": pooled}
 

@@ -41,7 +41,7 @@ def data(tmp_path_factory):
 
 
 def write(data, out, section=None, vae="abc", encode=encode, **options):
-    return latents.write(out, {"name": "array_record", "path": data, **(section or {})}, encode, vae, **{"batch": 4, **options})
+    return latents.write(out, {"name": "array_record", "path": data, **(section or {})}, latents.Encoder(encode, vae), **{"batch": 4, **options})
 
 
 def read(out, split="train"):
@@ -185,7 +185,8 @@ def made(tmp_path_factory):
     export.export(home / "run", home / "export", latents={"mean": [0.25, -0.5], "std": [0.5, 2.0]})
     role, params, info = export.load(home / "export")
     codec = role.net(params)
-    latents.write(home / "z", "digits", jax.jit(codec.encode), export.identity(params, info), splits=("train", "test"), dtype="float32", batch=250)
+    encoder = latents.Encoder(jax.jit(codec.encode), export.identity(params, info))
+    latents.write(home / "z", "digits", encoder, splits=("train", "test"), dtype="float32", batch=250)
     return home / "export", home / "z"
 
 
@@ -231,13 +232,22 @@ def test_latents_of_another_autoencoder_are_refused(made, tmp_path):
             Run(latent_run(made, roles={"vae": {"checkpoint": str(tmp_path / name)}}))
 
 
-def test_a_mixture_of_two_autoencoders_is_refused(made, tmp_path):
+@pytest.mark.parametrize("source", [{"latents": {"vae": "other"}}, {}], ids=["another autoencoder", "no latents"])
+def test_latents_are_mixed_with_their_like_only(made, tmp_path, source):
+    """Shapes and types agree: only who made them differs, or that nobody did."""
     rows = (("train", "", {"x": np.ones((4, 4, 2), np.float32) * i, "label": i % 10}) for i in range(20))
     names = [str(c) for c in range(10)]
-    records.write(tmp_path / "zz", rows, name="zz", num_classes=10, class_names=names, source={"latents": {"vae": "other"}})
-    parts = [{"name": "array_record", "path": str(p)} for p in (made[1], tmp_path / "zz")]
-    with pytest.raises(ConfigError, match="latents of another autoencoder"):
-        Run(latent_run(made, data={"name": "mixture", "parts": parts, "weights": (1.0, 1.0)}))
+    records.write(tmp_path / "zz", rows, name="zz", num_classes=10, class_names=names, source=source)
+
+    def mixed(*paths):
+        return {"name": "mixture", "parts": [{"name": "array_record", "path": str(p)} for p in paths], "weights": (1.0,) * len(paths)}
+
+    with pytest.raises(ConfigError, match="data.parts must agree in .* and who encoded them"):
+        pipeline(mixed(made[1], tmp_path / "zz"), 4, 0)
+    assert Run(latent_run(made, data=mixed(made[1], made[1]))).encoded
+    if source:
+        with pytest.raises(ConfigError, match="latents of another autoencoder"):
+            Run(latent_run(made, data=mixed(tmp_path / "zz", tmp_path / "zz")))
 
 
 def test_an_image_encoder_cannot_look_at_latents():

@@ -49,7 +49,7 @@ def vae(shell, mnist_like):
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
-    mine |= {*T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
+    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -216,8 +216,10 @@ def test_latents_align_with_the_pixels(shell, mnist_like, vae):
     check_workdir(shell.home / "aligned")
 
 
-def test_emoji_latents(shell):
-    """An autoencoder of small pictures with captions, trained against a discriminator; its latents made once; a run on those."""
+@pytest.fixture(scope="module")
+def emoji(shell):
+    """emoji_data: two dozen small pictures with captions and a tokenizer; emoji_vae/export: an autoencoder of them, trained against
+    a discriminator."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -227,17 +229,22 @@ def test_emoji_latents(shell):
             Image.fromarray(rng.integers(0, 256, (20, 16, 4), np.uint8)).save(shell.home / f"emoji/{i}.png")
             listing.write(json.dumps({"file": f"{i}.png", "caption": f"picture {i}"}) + "\n")
     shell("tools.prepare_data", "--door=folder", "--path=emoji", "--out=emoji_data", "--size=16", "--channels=3", "--holdout=0.3")
-    command = ("experiments.train", f"--config={ROOT}/configs/emoji_vae.py:smoke:gan:emoji_data", "--workdir=emoji_vae")
-    shell(*command)
+    shell("tools.train_tokenizer", "--path=emoji_data", "--vocab=300")
+    shell("experiments.train", f"--config={ROOT}/configs/emoji_vae.py:smoke:gan:emoji_data", "--workdir=emoji_vae")
+    shell("experiments.export", "--workdir=emoji_vae")
+    return {"vae": {"checkpoint": "emoji_vae/export"}}
+
+
+def test_emoji_latents(shell, emoji):
+    """Latents of the autoencoder made once; text to image on those, its text encoder learned along."""
     seen = [row for row in rows(shell.home / "emoji_vae") if "net/loss" in row]
     assert [row["net/adversarial_weight"] > 0 for row in seen] == [False, False, True, True]
     assert list((shell.home / "emoji_vae/samples").glob("*.png"))
-    shell("experiments.export", "--workdir=emoji_vae")
-    encode = ("tools.encode_latents", "--vae=emoji_vae/export", "--out=emoji_latents")
+    encode = ("tools.encode_latents", "--vae=emoji_vae/export", "--out=emoji_data_latents")
     said = shell(*encode)
-    assert said.count("emoji_latents: emoji_data_latents, ") + said.count("emoji_latents: emoji_latents, ") == 1 and "[4, 4, 4] float16" in said
+    assert "emoji_data_latents: emoji" in said and "_latents, train " in said and "[4, 4, 4] float16" in said
     assert said == shell(*encode)
-    manifest = json.loads((shell.home / "emoji_latents/manifest.json").read_text())
+    manifest = json.loads((shell.home / "emoji_data_latents/manifest.json").read_text())
     before = json.loads((shell.home / "emoji_data/manifest.json").read_text())
     assert manifest["captions"] and manifest["source"]["latents"]["flip"]
     counts = {k: v["count"] for k, v in before["splits"].items()}
@@ -245,14 +252,52 @@ def test_emoji_latents(shell):
     assert "error: --vae=emoji_vae is no autoencoder with measured latents" in shell(
         "tools.encode_latents", "--vae=emoji_vae", "--out=other", code=2
     )
-    shell(
-        "experiments.train", f"--config={ROOT}/configs/mnist_latent.py:smoke:unused", "--workdir=emoji_latent", "--config.model.num_classes=0",
-        "--config.data={'name': 'array_record', 'path': 'emoji_latents'}", "--config.roles.vae.checkpoint=emoji_vae/export",
-        "--config.sample={'steps': 2, 'guidance': 'none', 'every': 4, 'count': 4}", "--config.batch_size=4", "--config.objective.label_drop=0.0",
-    )  # fmt: skip
+    config = f"--config={ROOT}/configs/emoji_latent.py:smoke:emoji_data"
+    shell("experiments.train", config, "--workdir=emoji_latent", f"--config.roles={emoji}")
     check_workdir(shell.home / "emoji_latent")
-    shell("experiments.sample", "--checkpoint=emoji_latent", "--out=emoji_samples", "--count=2", "--steps=2")
+    shell("experiments.sample", "--checkpoint=emoji_latent", "--out=emoji_samples", "--count=2", "--steps=2", "--prompt=picture 3")
     assert np.load(shell.home / "emoji_samples/samples.npz")["x"].shape == (2, 16, 16, 3)
+
+
+def test_emoji_embedded(shell, emoji):
+    """Latents and embedded captions made once; a run on both, asked by prompts, also where only its export is left."""
+    import jax
+    from flax.core import meta
+
+    from flowjax.models.text import TextTransformer
+    from flowjax.train import export
+
+    encoder = {"vocab": 300, "length": 24, "width": 8, "depth": 1, "heads": 2}
+    params = TextTransformer(**encoder).init(jax.random.key(0), np.zeros((1, 24), np.int32))["params"]
+    info = {"model": {"name": "text", **encoder}, "path": "rectified", "prediction": "velocity", "shape": [], "conditions": {"tokens": [24]}}
+    export.write(shell.home / "words", meta.unbox(params), info)
+    text = {"name": "file", "path": "emoji_data/tokenizer.json", "length": 24}
+    encode = ("tools.encode_latents", "--vae=emoji_vae/export", "--text=words", "--out=embedded")
+    said = shell(*encode, f"--data={ {'name': 'array_record', 'path': 'emoji_data', 'text': text} }")
+    assert "[4, 4, 4] float16, autoencoder " in said and "text [24, 8] and [8] float16, encoder " in said
+    assert "data.text has to say by which tokenizer" in shell(*encode, code=2)  # the autoencoder's own data section has none
+    assert "is a network of kind 'autoencoder', not 'text_encoder'" in shell(*encode[:2], "--text=emoji_vae/export", "--out=other", code=2)
+    command = (
+        "experiments.train", f"--config={ROOT}/configs/emoji_latent.py:smoke:unused", "--config.data={'name': 'array_record', 'path': 'embedded'}",
+        "--config.model={'name': 'mmdit', 'patch': 2, 'width': 32, 'depth': 2, 'heads': 4, 'table': 16, 'base': 16}",
+    )  # fmt: skip
+    shell(*command, "--workdir=both", f"--config.roles={emoji | {'text': {'checkpoint': 'words'}}}", "--config.sample.prompts=('picture 3', 'picture 4')")
+    check_workdir(shell.home / "both")
+    measure = ("experiments.evaluate", "--checkpoint=both", "--steps=1", "--sampler=euler", "--record=record.json")
+    shell(*measure)
+    assert json.loads((shell.home / "record.json").read_text())["label_rule"] == "captions of test, in turn"
+    shell("experiments.export", "--workdir=both", "--out=both_alone")
+    shell(*command, "--workdir=mute", f"--config.roles={emoji}")
+    for name in ("embedded", "words", "emoji_vae"):
+        (shell.home / name).rename(shell.home / f"{name}_away")
+    ask = ("--prompt=picture 3", "--prompt=picture 4", "--count=2", "--steps=2")
+    shell("experiments.sample", "--checkpoint=both_alone", "--out=both_samples", "--negative=picture 5", *ask)
+    made = np.load(shell.home / "both_samples/samples.npz")
+    assert made["x"].shape == (2, 16, 16, 3) and made["prompt"].tolist() == ["picture 3", "picture 4"]
+    said = shell("experiments.sample", "--checkpoint=mute", "--out=bad", *ask, code=2)
+    assert "takes embedded captions and has no text encoder for prompts: train with roles.text" in said and "Traceback" not in said
+    for name in ("embedded", "words", "emoji_vae"):
+        (shell.home / f"{name}_away").rename(shell.home / name)
 
 
 def test_plain_errors(shell, digits):

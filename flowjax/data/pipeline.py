@@ -30,6 +30,7 @@ from flowjax.data.sources import SOURCES
 CACHE_BYTES = 2**29  # data sets up to this size, decoded, are held in memory
 ARRAY_BYTES = 2**32  # what `arrays` may make
 PREFETCH_BYTES = 2**28
+CHUNK = 1024  # rows that `arrays` reads at a time
 THREADS = 4
 
 _ORDER, _FLIP, _CAPTION = 0, 1, 2  # purposes of random numbers
@@ -96,12 +97,18 @@ class _Part:
                 raise DataError(f"{self.manifest['name']}: {what} of the examples: {have}, but data.expect_{what} = {wanted}")
         self._cache = None
         count = self.manifest["count"]
-        size = math.inf if count is None else count * math.prod(self.shape) * np.dtype(self.manifest["dtype"]).itemsize
+        pixels, embeddings = self.numbers
+        size = math.inf if count is None else count * (pixels * np.dtype(self.manifest["dtype"]).itemsize + 4 * embeddings)
         self.cached = size if size <= room else 0  # bytes
         if self.cached:
             self._cache = self._load(np.arange(count))
             if self.tokenizer:  # a caption that does not fit is met now, not after hours
                 self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")], self.manifest["name"])
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """How many numbers an example has, and how many its embeddings have."""
+        return math.prod(self.shape), sum(math.prod(shape) for shape in self.manifest.get("embeddings", {}).values())
 
     def _tokenizer(self):
         common = self.common
@@ -115,6 +122,8 @@ class _Part:
             return None
         if "caption" not in self.manifest["columns"]:
             raise ConfigError(f"data.text is set, but {self.manifest['name']} has no captions")
+        if "embedded" in self.manifest:
+            raise ConfigError(f"data.text is set, but {self.manifest['name']} holds its captions embedded, and their tokenizer: leave it out")
         tokenizer = text_lib.build(common.text)
         self.manifest["tokenizer"] = {"vocab": tokenizer.vocab, "sha256": tokenizer.digest}
         return tokenizer
@@ -288,7 +297,7 @@ class Pipeline:
         self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
         self.shapes = tuple(dict.fromkeys(p.shape for p in batches.parts))
         self.conditions, self.tokenizer, self.text = first.conditions, first.tokenizer, first.common.text
-        size = 4 * math.prod(self.shape) * batches.batch_size // batches.process_count
+        size = 4 * sum(first.numbers) * batches.batch_size // batches.process_count
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
         self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
         self.set_state({"next_index": start})
@@ -343,11 +352,13 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...], bool]:
 
     def kind(p):
         columns = sorted({*p.manifest["columns"]} - {"caption"})
-        return p.shape, p.manifest["dtype"], p.num_classes, columns, p.conditions, p.common.text
+        return p.shape, p.manifest["dtype"], p.num_classes, columns, p.conditions, p.common.text, _makers(p.manifest)
 
     kinds = [kind(p) for p in parts]
     if any(k != kinds[0] for k in kinds):
-        raise ConfigError(f"data.parts must agree in shape, dtype, classes, columns and text, but are {'; '.join(map(str, kinds))}")
+        raise ConfigError(
+            f"data.parts must agree in shape, dtype, classes, columns, text and who encoded them, but are {'; '.join(map(str, kinds))}"
+        )
     return parts, weights, False
 
 
@@ -375,7 +386,13 @@ def _described(parts, weights, whole: bool) -> dict[str, Any]:
         "num_classes": parts[0].num_classes,
         "weights": list(weights),
         "parts": [p.manifest for p in parts],
-    } | {k: v for k, v in manifest.items() if k == "tokenizer"}  # the parts have the same one
+    } | {k: v for k, v in manifest.items() if k == "tokenizer"} | _makers(manifest)  # the parts have the same
+
+
+def _makers(manifest) -> dict[str, Any]:
+    """Who made the latents and the embeddings of a data set, where it says so; no data and no places."""
+    told = {"latents": ("vae",), "embedded": ("text", "section", "tokenizer")}
+    return {k: {name: manifest[k].get(name) for name in names} for k, names in told.items() if k in manifest}
 
 
 def pipeline(
@@ -443,10 +460,10 @@ def declared(section: Mapping[str, Any] | str) -> Declared:
 
 
 def ordered(section: Mapping[str, Any] | str, split: str, batch: int):
-    """(manifest, iterator) over every example of a split once, in order, without flips: (rows, x, other columns) of up to `batch`.
+    """(manifest, iterator) over every example of a split once, in order, without flips: (rows, x, columns) of up to `batch`.
 
-    x is float32 (n, ...) as in a batch; the other columns (labels, captions, embeddings) are as they are stored. Of buckets, one
-    comes after the other, and rows are counted in each.
+    x is float32 (n, ...) as in a batch; the columns (pixels, labels, captions, embeddings) are as they are stored, pixels after
+    pad and resize. Of buckets, one comes after the other, and rows are counted in each.
     """
     parts, weights, whole = _parts(section, split)
     if (len(parts) > 1 and not whole) or parts[0].source.endless:
@@ -457,18 +474,20 @@ def ordered(section: Mapping[str, Any] | str, split: str, batch: int):
             for start in range(0, len(part.source), batch):
                 rows = np.arange(start, min(start + batch, len(part.source)))
                 columns = part.source.read(rows)
-                x = _finish(part.transformed(columns, rows)).get("x")
+                made = part.transformed(columns, rows)
+                x = _finish(made).get("x")
                 if x is None:
                     raise ConfigError(f"{part.manifest['name']} holds preference pairs, not examples")
-                yield rows, x, {k: v for k, v in columns.items() if k not in _PIXELS}
+                yield rows, x, columns | made
 
     return _described(parts, weights, whole), batches()
 
 
-def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None) -> dict[str, Any]:
+def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | None = None, embedded: bool = True) -> dict[str, Any]:
     """All examples of a split in order (or the first `limit`) as one batch, without flips; for evaluators and small data.
 
-    With `text`, "cond" has the tokens of each first caption, and "caption" lists all of them as they are stored.
+    With `text`, "cond" has the tokens of each first caption, and "caption" lists all of them as they are stored. Without
+    `embedded`, captions that are stored embedded are left out: they may be larger than the images.
 
     **Errors:** ConfigError for a mixture and for buckets, for endless data without `limit`, and for more than 4 GiB.
     """
@@ -481,9 +500,13 @@ def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | 
     if part.source.endless and limit is None:
         raise ConfigError(f"{part.manifest['name']} is endless; give a limit")
     count = limit if part.source.endless else min(limit or len(part.source), len(part.source))
-    if (size := 4 * count * math.prod(part.shape)) > ARRAY_BYTES:
+    unwanted = () if embedded else part.manifest.get("embeddings", ())
+    pixels, embeddings = part.numbers
+    if (size := 4 * count * (pixels + embeddings * embedded)) > ARRAY_BYTES:
         raise ConfigError(f"{part.manifest['name']} {split} would take {size / 2**30:.1f} GiB in memory; give a limit")
-    rows = dict(part.rows(np.arange(count)))
+    read = (part.rows(np.arange(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK))
+    read = [{k: v for k, v in columns.items() if k not in unwanted} for columns in read]
+    rows = {k: np.concatenate([columns[k] for columns in read]) for k in read[0]}
     if part.tokenizer:
         rows["tokens"] = part.tokenizer([c.split("\n")[0] for c in rows["caption"]], part.manifest["name"])
     return _finish(rows) | ({"caption": list(rows["caption"])} if part.tokenizer else {})

@@ -118,14 +118,15 @@ def write(
     source: Mapping[str, Any] | None = None,
     command: str = "",
     overwrite: bool = False,
+    files: Mapping[str, bytes] | None = None,
     shard_bytes: int = SHARD_BYTES,
     buckets: bool = False,
 ) -> dict[str, Any]:
     """Write a data set to the directory `out` and return its manifest.
 
     **Arguments:** `examples` yields (split, where, example): `where` names the file for error messages; `example` maps
-    feature names to uint8/int/float arrays, integers (stored as int32) or strings. With `buckets`, images (H, W, C) may differ in
-    height and width.
+    feature names to uint8/int/float arrays, integers (stored as int32) or strings. `files` are kept beside the shards, by name,
+    and are part of the content. With `buckets`, images (H, W, C) may differ in height and width.
 
     Writing what is there already changes nothing; anything else that is there is replaced only with `overwrite`, and only
     if it is a data set of this format. **Errors:** DataError if an example does not look like the first one.
@@ -174,6 +175,9 @@ def write(
         }
         digests = {"/".join(map(str, k)): parts[k].digest.hexdigest() for k in sorted(parts)}
         content = {k: manifest[k] for k in ("features", "num_classes", "class_names")} | {"splits": digests}
+        for file, value in (files or {}).items():
+            (folder / file).write_bytes(value)
+            content[f"file {file}"] = hashlib.sha256(value).hexdigest()
         manifest["content_hash"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         manifest |= {"code_version": flowjax.__version__, "source": dict(source or {}), "command": command}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -25,7 +25,8 @@ class Source:
     """One split of a data set.
 
     Properties: `manifest` has at least name, split, count (None: endless), shape (height and width None where images
-    differ), dtype, columns, num_classes (0: unlabelled) and class_names; `embeddings` {name: shape} where captions are embedded.
+    differ), dtype, columns, num_classes (0: unlabelled) and class_names; `embeddings` {name: shape} where captions are embedded;
+    `latents`, `embedded` and `tokenizer` where flowjax.data.latents says who made them, and with which tokenizer.
     """
 
     manifest: Mapping[str, Any]
@@ -126,8 +127,10 @@ def array_record(split: str, path: str, size: tuple = ()) -> Source:
     manifest = kept | place | {"columns": list(whole["features"])}
     if stored := {k: whole["features"][k]["shape"] for k in ("text", "pooled") if k in whole["features"]}:
         manifest["embeddings"] = stored
-    if latents := whole["source"].get("latents"):  # written by flowjax.data.latents
-        manifest["latents"] = latents
+    made = whole["source"]  # by flowjax.data.latents, where it has these
+    manifest |= {k: made[k] for k in ("latents", "embedded") if k in made}
+    if "embedded" in made:
+        manifest["tokenizer"] = made["embedded"]["tokenizer"]
     return Source(manifest, reader.read)
 
 

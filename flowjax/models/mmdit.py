@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from flowjax.conditions import need
+from flowjax.conditions import CAPTION, need
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
@@ -27,7 +27,6 @@ from flowjax.models.stack import stack
 from flowjax.models.text import encoder_of
 
 POSITIONS = ("cropped", "table", "rope")
-TEXT = ("tokens", "text", "pooled")  # the conditions that null empties
 EMBED = L.normal(0.02)
 
 
@@ -138,7 +137,7 @@ class Pooled(nn.Module):
 
 def empty(cond: Mapping) -> dict:
     """The condition of an empty prompt: token ids and embeddings all zero, the rest as it is."""
-    return {k: jnp.zeros_like(v) if k in TEXT else v for k, v in cond.items()}
+    return {k: jnp.zeros_like(v) if k in CAPTION else v for k, v in cond.items()}
 
 
 class MMDiT(nn.Module):

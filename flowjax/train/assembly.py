@@ -9,6 +9,7 @@ import numpy as np
 
 from flowjax import conditions, generate, objectives
 from flowjax.config import ConfigError, bind, keywords, lookup
+from flowjax.data import latents
 from flowjax.data.pipeline import pipeline
 from flowjax.models import sharding
 from flowjax.train import checkpoint, ema, export, generator, optim, settings
@@ -107,7 +108,8 @@ class Run:
         self.roles, self.loaded = build_roles(config, self.objective)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
-        self.encoded = self._encoded()
+        self.encoded, self.embedded = self._encoded(), self._embedded()
+        self.tokenizer, self.text = self._prompts()
         self.averages = {k: ema.build(v, f"ema.{k}") for k, v in config["ema"].items()}
         kept = {k: ema.snapshots(v, f"ema.{k}") for k, v in config["ema"].items()}
         self.snapshots = {k: v for k, v in kept.items() if v}
@@ -141,16 +143,16 @@ class Run:
 
     def _check_conditions(self):
         """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens or another padding."""
-        for name, role in self.roles.items() if self.pipeline.tokenizer else ():
+        for name, role in self.roles.items() if self.tokenizer else ():
             fields = getattr(role.module, "text_encoder", None) or getattr(role.module, "text", None) or {}
             vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
-            if fields and self.pipeline.tokenizer.pad:
-                raise ConfigError(f"text.pad = {self.pipeline.tokenizer.pad}, but a text encoder that is trained here takes token 0 for padding")
-            if vocab and vocab < self.pipeline.tokenizer.vocab:
+            if fields and self.tokenizer.pad:
+                raise ConfigError(f"text.pad = {self.tokenizer.pad}, but a text encoder that is trained here takes token 0 for padding")
+            if vocab and vocab < self.tokenizer.vocab:
                 where = "model" if name == "net" else f"roles.{name}"
-                raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.pipeline.tokenizer.vocab} tokens")
+                raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.tokenizer.vocab} tokens")
         idle = {*self.example[1]} - {"label"} - self.read
-        if "text" in self.roles and self.read & {"text", "pooled"}:
+        if ("text" in self.roles or "embedded" in self.pipeline.manifest) and self.read & {"text", "pooled"}:
             idle -= {"text", "pooled"}  # the encoder gives both, and one may be all that is needed
         if idle:
             name, has = keywords(self.config["model"])["name"], ", ".join(sorted(idle))
@@ -158,18 +160,38 @@ class Run:
 
     def _encoded(self) -> bool:
         """Whether the data are latents already (flowjax.data.latents): then roles.vae only decodes, and must be who made them."""
-        manifest = self.pipeline.manifest
-        makers = {part.get("latents", {}).get("vae") for part in manifest.get("parts", [manifest])}
-        if makers == {None}:
+        if (maker := self.pipeline.manifest.get("latents", {}).get("vae")) is None:
             return False
-        if "vae" in self.roles and makers != {mine := export.identity(*self.loaded["vae"])}:
+        if "vae" in self.roles and maker != (mine := export.identity(*self.loaded["vae"])):
             raise ConfigError(
-                f"the data hold latents of another autoencoder ({', '.join(map(str, makers))}) than roles.vae ({mine}): encode them "
-                "again with tools.encode_latents"
+                f"the data hold latents of another autoencoder ({maker}) than roles.vae ({mine}): encode them again with tools.encode_latents"
             )
         if seeing := [k for k in self.loaded if self.roles[k].module.kind == "image_encoder"]:
             raise ConfigError(f"roles.{seeing[0]} looks at images, and the data hold latents: train on the images, which roles.vae encodes")
         return True
+
+    def _embedded(self) -> bool:
+        """Whether the data hold captions embedded already: then roles.text embeds prompts only, and must be who embedded them."""
+        if not {"text", "pooled"} & {*self.pipeline.conditions}:
+            return False
+        maker = self.pipeline.manifest.get("embedded", {}).get("text", "unknown")
+        if "text" in self.roles and maker != (mine := export.identity(*self.loaded["text"])):
+            raise ConfigError(
+                f"the data hold captions embedded by another text encoder ({maker}) than roles.text ({mine}): embed them again with "
+                "tools.encode_latents --text"
+            )
+        return True
+
+    def _prompts(self):
+        """(tokenizer, section that describes it) of captions and prompts, or (None, None): the data's own, or the one with which
+        roles.text embedded them, which lies beside the data."""
+        if not (self.embedded and "text" in self.roles):
+            return self.pipeline.tokenizer, self.pipeline.tokenizer and self.pipeline.text
+        manifest = self.pipeline.manifest
+        path, section = manifest.get("parts", [manifest])[0]["path"], manifest["embedded"]["section"]
+        if manifest["tokenizer"]["sha256"]:
+            section = {**section, "path": f"{path}/{latents.TOKENIZER}"}
+        return export.tokenizer_of(path, {"text": section, "data": manifest}), section
 
     def _example(self):
         """One example as the network sees it: (x (1, ...), cond)."""
@@ -178,7 +200,7 @@ class Run:
             codec = self.roles["vae"].net(self.loaded["vae"][0])
             shape = jax.eval_shape(codec.encode, jax.ShapeDtypeStruct((1, *shape), jnp.float32)).shape[1:]
         cond = conditions.zeros(self.pipeline.conditions, 1)
-        if "text" in self.roles:
+        if "text" in self.roles and not self.embedded:
             if "tokens" not in cond:
                 raise ConfigError("roles.text embeds captions, and the data has no tokens: set data.text")
             text = self.roles["text"].net(self.loaded["text"][0])
@@ -236,7 +258,7 @@ class Run:
         self.target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
         here = {*self.mesh.devices.flat} <= {*jax.devices()}
         put = lambda v: jax.device_put(v, replicated) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated)  # noqa: E731
-        absent = {*self.trained} | ({"vae"} if self.encoded else set())
+        absent = {*self.trained} | ({"vae"} if self.encoded else set()) | ({"text"} if self.embedded else set())
         self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in absent}
 
     def fresh(self):
@@ -299,9 +321,10 @@ class Run:
 
     def tokens(self, prompts, where: str):
         """{"tokens": ids} of prompts."""
-        if self.pipeline.tokenizer is None:
-            raise ConfigError(f"{where} needs data.text, the tokenizer of captions")
-        return {"tokens": self.pipeline.tokenizer(prompts, where)}
+        if self.tokenizer is None:
+            needed = "roles.text, the text encoder that embedded the captions" if self.embedded else "data.text, the tokenizer of captions"
+            raise ConfigError(f"{where} needs {needed}")
+        return {"tokens": self.tokenizer(prompts, where)}
 
     def first(self, count: int):
         """The first `count` examples of the validation split, the same on every process."""
@@ -314,7 +337,7 @@ class Run:
         if section["prompts"]:
             ids = self.tokens(section["prompts"], "sample.prompts")["tokens"]
             cond["tokens"] = np.resize(ids, (count, *ids.shape[1:]))
-        if {*self.pipeline.conditions} - {"label", *cond}:
+        if {*self.pipeline.conditions} - {"label", *(conditions.CAPTION if cond else ())}:
             cond = (self.first(count)["cond"] if section["every"] else conditions.zeros(self.pipeline.conditions, count)) | cond
         elif self.pipeline.num_classes:
             cond["label"] = generate.balanced_labels(count, self.pipeline.num_classes)
@@ -363,7 +386,7 @@ class Run:
             **{k: self.config[k] for k in NETWORK},
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
-            "text": self.pipeline.tokenizer and self.pipeline.text,
+            "text": self.text,
             "image_shape": list(self.image_shape()), "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},

@@ -114,7 +114,7 @@ def _companion(path, info, name: str, where: str):
         return None
     role, params, its_info = load(*origin, where=where)
     same = info.get("frozen", {}).get(name, (now := ck.fingerprint(params))) == now
-    if name == "vae" and (maker := (info.get("data") or {}).get("latents", {}).get("vae")):
+    if maker := (info.get("data") or {}).get({"vae": "latents", "text": "embedded"}[name], {}).get(name):
         same &= maker == identity(params, its_info)
     if not same:
         raise ConfigError(f"{where}: {origin[0]} has changed since {path} was trained with it")
@@ -137,14 +137,16 @@ def tokenizer_of(path, info):
     """The tokenizer of the network's captions; ConfigError where it has none."""
     from flowjax.data import text
 
+    if not info.get("text") and {"text", "pooled"} & {*(info.get("conditions") or ())}:
+        raise ConfigError(f"{path} takes embedded captions and has no text encoder for prompts: train with roles.text, the one that embedded them")
     if not info.get("text"):
         raise ConfigError(f"{path} was not trained with captions (data.text)")
     section = info["text"]
-    if (own := files.path(path) / "tokenizer.json").exists():
+    if section["name"] == "file" and (own := files.path(path) / "tokenizer.json").exists():
         section = {**section, "path": str(own)}
     found = text.build(section, "text")
     if (was := info["data"].get("tokenizer", {}).get("sha256", found.digest)) != found.digest:
-        raise ConfigError(f"{section['path']} is not the tokenizer that {path} was trained with (sha256 {found.digest[:12]}, was {was[:12]})")
+        raise ConfigError(f"{section['path']} is not the tokenizer that {path} was made with (sha256 {found.digest[:12]}, was {was[:12]})")
     return found
 
 
@@ -176,7 +178,7 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
 
 
 def identity(params, info) -> str:
-    """A hash of an autoencoder as a codec: its network's settings, its weights, and the statistics of its latents."""
+    """A hash of a frozen encoder: its network's settings, its weights, and the statistics of an autoencoder's latents."""
     content = {"model": info["model"], "weights": ck.fingerprints(params), "latents": info.get("latents")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
