@@ -117,7 +117,8 @@ def main():
     section = info["config"]["evaluate"]
     if DATA.value:
         other = shell.section(DATA.value, "data")
-        info = {**info, "data": {k: info["data"][k] for k in ("tokenizer", "embedded") if k in info["data"]}, "config": {**info["config"], "data": other}}
+        known = {k: info["data"][k] for k in ("tokenizer", "embedded") if k in info["data"]}
+        info = {**info, "data": known, "config": {**info["config"], "data": other}}
     if role.module.kind == "autoencoder":
         circumstances, results = measure_autoencoder(role, params, info, section)
     else:

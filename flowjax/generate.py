@@ -19,10 +19,10 @@ def make(
     """sample(params, seed, indices (B,), cond) -> (B, ...) data, to be jitted.
 
     shape: of one (latent) example. sampler, grid, guidance: config sections ("none" for no guidance). codec: Latents of a
-    frozen autoencoder, which decodes the result. text: frozen text encoder, which embeds cond["tokens"] where there are such. negative: condition of one
-    row to guide away from, in place of the network's null condition. edit: an image to begin with or to keep a part of
-    (flowjax.editing.Edit), in pixels; `steps` are those from its strength on. besides: what the guidance takes besides the model
-    ({"bad": Model}, ...).
+    frozen autoencoder, which decodes the result. text: frozen text encoder, which embeds cond["tokens"], where there are such.
+    negative: condition of one row to guide away from, in place of the network's null condition. edit: an image to begin with or
+    to keep a part of (flowjax.editing.Edit), in pixels; `steps` are those from its strength on. besides: what the guidance takes
+    besides the model ({"bad": Model}, ...).
     """
     if role.module.kind != "denoiser":
         raise ConfigError(f"a network of kind {role.module.kind!r} cannot be sampled; only denoisers can")

@@ -253,7 +253,8 @@ def test_embedded_captions_are_mixed_with_their_like_only(home, tmp_path):
     export.write(tmp_path / "other", jax.tree.map(lambda v: v * 1.001, params), info)
     make_file(tmp_path / "u.json", ("[PAD]", "[END]", "1", "0", "2"))
     words = tokens_of(home)["text"] | {"path": str(tmp_path / "u.json")}
-    for name, text, section in (("encoder", read_by(tmp_path, "other"), tokens_of(home)), ("tokenizer", read_by(home), tokens_of(home) | {"text": words})):
+    others = {"encoder": (tokens_of(home), read_by(tmp_path, "other")), "tokenizer": (tokens_of(home) | {"text": words}, read_by(home))}
+    for name, (section, text) in others.items():
         latents.write(tmp_path / name, section, text=text, dtype="float32", batch=16)
         with pytest.raises(ConfigError, match="data.parts must agree in .* and who encoded them"):
             pipeline(mixed(home / "e", tmp_path / name), 4, 0)

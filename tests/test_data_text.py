@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flowjax.config import ConfigError
-from flowjax.data import prepare, records, text
+from flowjax.data import pipeline as pipeline_lib, prepare, records, text
 from flowjax.data.pipeline import arrays, declared, pipeline
 
 
@@ -138,7 +138,7 @@ def test_settings_of_captions_are_checked(captioned, tmp_path):
         pipeline({"name": "mixture", "parts": (captioned, captioned | {"text": {"name": "bytes", "length": 4}}), "weights": (1, 1)}, 2, 0)
 
 
-def test_embeddings_stored_with_the_examples(tmp_path):
+def test_embeddings_stored_with_the_examples(tmp_path, monkeypatch):
     row = {"x": np.ones((2, 2, 1), np.float16), "text": np.full((5, 3), 0.5, np.float16), "pooled": np.arange(4.0, dtype=np.float32)}
     records.write(tmp_path / "e", [("train", "row", row)] * 2, name="embedded")
     section = {"name": "array_record", "path": str(tmp_path / "e"), "expect_cond": {"text": [5, 3], "pooled": [4]}}
@@ -147,6 +147,13 @@ def test_embeddings_stored_with_the_examples(tmp_path):
     assert pipe.conditions == {"text": (5, 3), "pooled": (4,)}
     assert batch["cond"]["text"].dtype == np.float32 and batch["cond"]["text"].shape == (2, 5, 3)
     np.testing.assert_array_equal(batch["cond"]["pooled"][0], np.arange(4.0))
+    whole = arrays(section)
+    assert [*whole["cond"]] == ["text", "pooled"] and arrays(section, embedded=False)["cond"] == {}
+    monkeypatch.setattr(pipeline_lib, "CHUNK", 1)
+    np.testing.assert_array_equal(arrays(section)["cond"]["text"], whole["cond"]["text"])
+    for limit, held in ((2 * (4 * 2 + 19 * 4), True), (2 * (4 * 2 + 19 * 4) - 1, False)):  # they count, and may be most of it
+        monkeypatch.setattr(pipeline_lib, "CACHE_BYTES", limit)
+        assert (pipeline_lib._Part(section, "train")._cache is not None) == held
     promise = declared(section | {"path": "nowhere", "expect_shape": (2, 2, 1), "expect_classes": 0})
     assert promise.conditions == pipe.conditions
 

@@ -36,6 +36,7 @@ def given():
 
 
 CAPTIONED = {"text": {"name": "bytes", "length": 8}, "data": {}, "config": {"sample": {"count": 6, "prompts": ["a", "b"]}}}
+EMBEDDED = {"conditions": {"text": [4, 8], "pooled": [8]}, "config": {"sample": {"count": 6}}}
 CLASSES = {"num_classes": 3, "model": {"num_classes": 3}, "config": {"sample": {"count": 6}}}
 
 
@@ -77,6 +78,8 @@ def test_the_runs_own_negative_prompt_goes_with_guidance(given):
         ("--labels=1", CAPTIONED, "asked by --prompt"),
         ("--prompts=nowhere.txt", CAPTIONED, "--prompts=nowhere.txt"),
         ("--prompt=123456789", CAPTIONED, "9 tokens, but text.length = 8"),
+        ("--prompt=x", EMBEDDED, "nowhere takes embedded captions and has no text encoder for prompts: train with roles.text"),
+        ("--count=2", EMBEDDED, "nowhere takes embedded captions and has no text encoder for prompts: train with roles.text"),
         ("--prompt=x", CLASSES, "--prompt: this network was not trained with captions"),
         ("--negative=x", CLASSES, "--negative: this network was not trained with captions"),
         ("--labels=3", CLASSES, "classes are 0 to 2"),

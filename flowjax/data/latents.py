@@ -27,7 +27,7 @@ from flowjax.data import records, text as text_lib
 from flowjax.data.pipeline import ordered
 
 DTYPES = ("float16", "float32")
-MADE = ("latents", "embedded")  # what a manifest's source may say of what was encoded; a second encoding carries the first along
+MADE = ("latents", "embedded")  # in a manifest's source; a second encoding carries what the first says along
 TOKENIZER = "tokenizer.json"  # the tokenizer's file beside the records
 
 
@@ -62,7 +62,7 @@ def write(
         raise ConfigError(f"--batch = {batch} should be at least 1")
     if not (vae or text):
         raise ConfigError("nothing to encode with: give an autoencoder, a text encoder, or both")
-    captions, section = keywords(section), text_lib.without(section)  # captions are carried along as they are, whatever else is made of them
+    captions, section = keywords(section), text_lib.without(section)  # captions come along as they are, whatever is made of them
     opened = {split: ordered(section, split, batch) for split in splits}
     if not opened:
         raise ConfigError("--splits names none")
