@@ -111,6 +111,22 @@ def consistency_distillation():
     return consistency("consistency_distillation", 1 - (k1 + slope(t - 0.25) * (1 - k1 / 4)) / 8)
 
 
+def guidance_distillation():
+    """The optimum is u_0 + w (u_1 - u_0) of the exact velocities u_k of the data, with the condition and without."""
+    random = np.random.RandomState(0)
+    x, z, w = (jnp.asarray(random.standard_normal(16)) for _ in range(3))
+    cond = {"label": jnp.arange(16) % 2, "guidance": 3 + w}
+    batch = {"x": x[:, None], "z": z[:, None], "t": jnp.linspace(0.1, 0.9, 16), "cond": cond}
+
+    def apply(x_t, t, cond, key):
+        with_, without = LINE.velocity(RF, x_t, t, cond["label"]), LINE.velocity(RF, x_t, t)
+        return without + cond["guidance"][:, None] * (with_ - without)
+
+    student, teacher = Model(apply, RF, "velocity", guidance_embed=True), LINE.model(RF, conditional=True)
+    player = objectives.build("guidance_distillation").players[0]
+    return lambda theta: player.loss({"net": near(student, theta), "teacher": teacher}, batch, None)[0], jnp.zeros(3), CURVE
+
+
 def diffusion_dpo():
     """Without a preference (every pair in both orders) the reference is the optimum, whatever the pairs."""
     random = np.random.RandomState(0)
@@ -250,6 +266,7 @@ CASES = {
     "mae": mae,
     "consistency_distillation": consistency_distillation,
     "consistency_training": consistency_training,
+    "guidance_distillation": guidance_distillation,
     "diffusion_dpo": diffusion_dpo,
     "vae": vae,
     "vae_gan": vae_gan,

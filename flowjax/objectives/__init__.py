@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, contrastive, dpo, flow_matching, mae, repa, vae
+from flowjax.objectives import classification, consistency, contrastive, dpo, flow_matching, guidance_distillation, mae, repa, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mae": mae.OBJECTIVE,
     "consistency_distillation": consistency.DISTILLATION,
     "consistency_training": consistency.TRAINING,
+    "guidance_distillation": guidance_distillation.OBJECTIVE,
     "diffusion_dpo": dpo.OBJECTIVE,
     "vae": vae.OBJECTIVE,
     "vae_gan": vae.GAN,
@@ -40,6 +41,7 @@ class BoundObjective(NamedTuple):
     rollout: Callable
     kinds: Mapping[str, str] = {}
     whole: bool = False
+    conditions: Mapping[str, tuple[int, ...]] = {}
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
@@ -56,7 +58,7 @@ def bind(objective: Objective, settings: Mapping, where: str = "objective") -> B
 
     players = tuple(p._replace(loss=fill(p.loss), measure=p.measure and fill(p.measure)) for p in objective.players)
     rollout = fill(objective.rollout) if objective.rollout else lambda nets, batch, key: batch
-    return BoundObjective(objective.roles, players, rollout, objective.kinds, objective.whole)
+    return BoundObjective(objective.roles, players, rollout, objective.kinds, objective.whole, objective.conditions)
 
 
 def build(section, where: str = "objective") -> BoundObjective:
