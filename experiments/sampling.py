@@ -23,16 +23,17 @@ SEED = flags.DEFINE_integer("seed", -1, "Noise of sample i is a function of (see
 STEPS = flags.DEFINE_integer("steps", 0, "Sampler steps; 0: as in the run's config.", lower_bound=0)
 SAMPLER = flags.DEFINE_string("sampler", "", 'Name, or a section such as "{\'name\': \'ddim\', \'eta\': 1.0}".')
 GRID = flags.DEFINE_string("grid", "", "Step grid: name or section.")
-GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale of classifier-free guidance, "none", or a section.')
+GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale (classifier-free, or the input of a distilled network), "none", or a section.')
 BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
 SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "init", "strength", "mask", "steps", "sampler", "grid", "guidance", "count", "seed")
 EACH = 4  # samples of each prompt
 
 
-def guidance(text: str):
-    """A scale, "none", or a section."""
+def guidance(text: str, info: dict):
+    """A scale, "none", or a section. The scale of a network that takes one as an input is that input."""
+    name = "embedded" if "guidance" in (info.get("conditions") or {}) else "cfg"
     try:
-        return {"name": "cfg", "scale": float(text)}
+        return {"name": name, "scale": float(text)}
     except ValueError:
         return section(text, "guidance")
 
@@ -45,7 +46,7 @@ def options(info: dict) -> dict:
         "steps": STEPS.value,
         "sampler": section(SAMPLER.value, "sampler"),
         "grid": section(GRID.value, "grid"),
-        "guidance": guidance(GUIDANCE.value) if GUIDANCE.value else "",
+        "guidance": guidance(GUIDANCE.value, info) if GUIDANCE.value else "",
     }
     given |= {"negative": NEGATIVE.value, "size": SIZE.value and size(SIZE.value)}
     return generator.chosen(info, {k: v for k, v in given.items() if v}) | edit(info)

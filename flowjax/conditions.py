@@ -4,7 +4,7 @@
     tokens    int32 (L,)         token ids of a caption, for networks and roles that have a text encoder (0 is padding)
     text      float32 (S, D)     embedded caption, one vector a token
     pooled    float32 (D,)       embedded caption, one vector in all
-    guidance  float32 ()         scale that a guidance-distilled network takes as an input
+    guidance  float32 ()         scale that a guidance-distilled network takes as an input (guidance_embed); not of the data
 """
 
 from collections.abc import Mapping

@@ -181,6 +181,18 @@ def classifier(model: Model, scale: float, log_prob) -> Model:
     return _wrap(model, apply)
 
 
+def embedded(model: Model, scale: float) -> Model:
+    """The scale as an input of a network that was distilled from guided ones (2210.03142, FLUX.1-dev): one call."""
+    if not model.guidance_embed:
+        raise ConfigError("guidance 'embedded' needs a network that takes the scale as an input (model.guidance_embed = True)")
+
+    def apply(x_t, t, cond, key):
+        scales = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), x_t.shape[:1])
+        return model.apply(x_t, t, {**(cond or {}), "guidance": scales}, key)
+
+    return _wrap(model, apply).replace(guidance_embed=False)
+
+
 GUIDANCE = {
     "cfg": cfg,
     "interval": interval,
@@ -189,6 +201,7 @@ GUIDANCE = {
     "apg": apg,
     "cfg_zero": cfg_zero,
     "classifier": classifier,
+    "embedded": embedded,
 }
 
 

@@ -133,7 +133,8 @@ class Model:
     network should use dropout. `null(cond)` returns the condition that means "no condition". `memory` is None for a
     pure function of its arguments; else the sampling driver carries its state, and `apply` is the model with none yet.
     `project` takes what apply takes and returns (y, features (B, rows, columns, F) that a hidden state is projected to);
-    None for networks without a projector.
+    None for networks without a projector. `guidance_embed` tells networks that take the scale of guidance as an input,
+    cond["guidance"] (B,).
     """
 
     apply: Callable[..., Any]
@@ -142,6 +143,7 @@ class Model:
     null: Callable[[Any], Any] | None = None
     memory: Memory | None = None
     project: Callable[..., Any] | None = None
+    guidance_embed: bool = False
 
     def __call__(self, x_t, t, cond=None, key=None):
         """y for x_t (B, ...) at t, scalar or (B,)."""

@@ -220,7 +220,10 @@ def test_latents_of_another_autoencoder_are_refused(made, tmp_path):
     info = run.info(0, "run")
     assert info["shape"] == [4, 4, 2] and info["image_shape"] == [8, 8, 1]  # what comes out, not what is read
     assert generator.resized(info, (16, 8)) == (8, 4, 2)
+    space = info["latent_space"]
     role, params, info = export.load(made[0])
+    # The same one whether the latents were made before or are made along.
+    assert space == export.identity(params, info) == Run(latent_run(made, data={"name": "digits"})).latent_space
     others = {
         "weights": (jax.tree.map(lambda v: v * 1.001, params), info),
         "statistics": (params, {**info, "latents": {**info["latents"], "std": [0.5, 2.1]}}),

@@ -9,6 +9,7 @@ from scipy import stats
 
 from flowjax import exact, generate
 from flowjax.config import ConfigError
+from flowjax.guidance import cfg
 from flowjax.paths import edm, rectified
 
 PAIR = exact.mixture([0.5, 0.5], [-3.0, 3.0], [0.5, 0.5])
@@ -85,6 +86,22 @@ def test_guidance_wraps_the_model():
     worse = exact.mixture([0.5, 0.5], [-1.0, 1.0], [2.0, 2.0]).model(rectified(), conditional=True)
     guided = samples(label=1, guidance={"name": "autoguidance", "scale": 0.0}, besides={"bad": worse}, n=500)
     assert stats.kstest(guided, stats.norm(1.0, 2.0).cdf).pvalue > 1e-3
+
+
+def test_a_distilled_network_is_sampled_as_the_guided_one():
+    def net(params):
+        model = PAIR.model(rectified(), conditional=True)
+        apply = lambda x_t, t, cond, key: cfg(model, cond["guidance"]).apply(x_t, t, {"label": cond["label"]}, key)  # noqa: E731
+        return model.replace(apply=apply, null=None, guidance_embed=True)
+
+    student = types.SimpleNamespace(**{**vars(role()), "net": net})
+    for scale in (1.0, 2.5):
+        two, one = ({"guidance": {"name": name, "scale": scale}, "label": 1, "steps": 10} for name in ("cfg", "embedded"))
+        np.testing.assert_allclose(samples(of=student, **one), samples(**two), rtol=1e-5)
+    with pytest.raises(ConfigError, match="'embedded' needs a network that takes the scale"):
+        samples(guidance={"name": "embedded", "scale": 2.0})
+    with pytest.raises(ConfigError, match="a negative prompt changes nothing with guidance"):
+        samples(of=student, guidance={"name": "embedded", "scale": 2.0}, negative={"label": jnp.zeros((1,), jnp.int32)}, steps=2)
 
 
 def test_a_codec_decodes_the_samples():

@@ -9,7 +9,7 @@ import pytest
 
 from flowjax import config, exact
 from flowjax.config import ConfigError
-from flowjax.guidance import GUIDANCE, apg, autoguidance, cfg, cfg_zero, classifier, interval, rescale
+from flowjax.guidance import GUIDANCE, apg, autoguidance, cfg, cfg_zero, classifier, embedded, interval, rescale
 from flowjax.paths import PATHS, edm, rectified
 from flowjax.predictions import PREDICTIONS, Model
 from flowjax.samplers import sample
@@ -75,6 +75,15 @@ def worse():
     return nets().replace(apply=lambda x_t, t, cond, key: 0.5 * jnp.cos(x_t) - 0.2 * x_t)
 
 
+def distilled(model):
+    """A network that takes the scale as an input and is, in one call, what `cfg` makes of the model in two."""
+
+    def apply(x_t, t, cond, key):
+        return cfg(model, cond["guidance"]).apply(x_t, t, {"label": cond["label"]}, key)
+
+    return model.replace(apply=apply, null=None, guidance_embed=True)
+
+
 ALL = {
     "cfg": lambda model, scale: cfg(model, scale),
     "interval": lambda model, scale: interval(model, scale, 0.2, 0.8),
@@ -83,6 +92,7 @@ ALL = {
     "apg": lambda model, scale: apg(model, scale, norm=3.0),
     "cfg_zero": lambda model, scale: cfg_zero(model, scale),
     "classifier": lambda model, scale: classifier(model, scale, lambda x, t, cond: -jnp.sum((x - 1) ** 2, (1, 2, 3))),
+    "embedded": lambda model, scale: embedded(distilled(model), scale),
 }
 
 
@@ -154,7 +164,7 @@ def test_all_channels_are_guided_and_rows_are_independent(name):
     np.testing.assert_allclose(call(guided, IMAGES[:1], 0.5), out[:1], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"classifier", "cfg_zero"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"classifier", "cfg_zero", "embedded"}))
 def test_scale_one_is_the_conditional_model_to_the_bit(name):
     model, rows = counting(nets())
     np.testing.assert_array_equal(call(ALL[name](model, 1.0), IMAGES, 0.5), call(nets(), IMAGES, 0.5))
@@ -170,7 +180,7 @@ def test_guided_trajectories_are_finite(name, prediction):
     assert np.isfinite(end).all()
 
 
-@pytest.mark.parametrize("name", sorted(set(ALL) - {"autoguidance", "classifier"}))
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"autoguidance", "classifier", "embedded"}))
 def test_a_null_condition_is_needed_and_used_up(name):
     with pytest.raises(ConfigError, match=f"'{name}' needs a model with a null"):
         ALL[name](nets().replace(null=None), 2.0)
@@ -183,6 +193,34 @@ def test_selection_by_config():
     assert float(call(guided, X[:1], 0.5)[0, 0]) == pytest.approx(-3.36)
     with pytest.raises(ConfigError, match="guidance.phi is unknown"):
         config.build(GUIDANCE, {"name": "cfg", "scale": 3, "phi": 0.5}, "guidance", model=gaussians())
+
+
+# The scale as an input.
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
+def test_an_embedded_scale_reaches_every_row_in_one_call(scale):
+    seen = []
+
+    def apply(x_t, t, cond, key):
+        seen.append((cond, key))
+        return distilled(nets()).apply(x_t, t, cond, key)
+
+    guided = embedded(distilled(nets()).replace(apply=apply), scale)
+    np.testing.assert_allclose(guided(jnp.asarray(IMAGES), 0.3, labels(3), KEY), call(cfg(nets(), scale), IMAGES, 0.3), atol=1e-6)
+    (cond, key), = seen
+    assert cond["guidance"].dtype == jnp.float32 and (cond["guidance"] == scale).all() and cond["guidance"].shape == (3,)
+    assert (cond["label"] == 0).all() and key is KEY
+
+
+def test_an_embedded_scale_needs_a_network_that_takes_it_and_is_given_once():
+    bare = Model(lambda x_t, t, cond, key: cond["guidance"][:, None] * x_t, RF, "velocity", guidance_embed=True)
+    np.testing.assert_allclose(embedded(bare, 2.0)(jnp.asarray(X), 0.5), 2 * X)  # without any other condition
+    for model in (nets(), embedded(bare, 2.0)):
+        with pytest.raises(ConfigError, match="'embedded' needs a network that takes the scale as an input"):
+            embedded(model, 2.0)
+    with pytest.raises(ConfigError, match="'cfg' needs a model with a null"):
+        cfg(embedded(distilled(nets()), 2.0), 2.0)
 
 
 # Interval.

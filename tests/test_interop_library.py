@@ -195,7 +195,9 @@ def test_defaults_of_text_to_image():
     assert (role.path.name, role.prediction, role.scaling) == ("rectified", "velocity", None)
     assert info["config"]["sample"]["grid"]["shift"] == pytest.approx(math.exp(1.15))
     assert info["conditions"] == {"text": [512, 20], "pooled": [10], "guidance": []} and info["shape"] == [128, 128, 3]
-    assert network("flux_schnell")[3]["config"]["sample"]["steps"] == 4
+    assert info["config"]["sample"]["guidance"] == {"name": "embedded", "scale": 3.5}
+    schnell = network("flux_schnell")[3]["config"]["sample"]
+    assert schnell["steps"] == 4 and schnell["guidance"] == "none"
     _, role, _, info = network("sd3")
     assert (role.path.name, role.prediction, role.scaling) == ("rectified", "velocity", None)
     assert info["config"]["sample"]["grid"] == {"name": "uniform", "shift": 3.0} and info["shape"] == [12, 12, 3]

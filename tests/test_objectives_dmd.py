@@ -124,7 +124,7 @@ def test_regression_on_couplings():
 def test_refusals():
     nets = {"net": generator(0, 1), "fake": generator(0, 1), "teacher": generator(0, 1, paths.trigonometric())}
     batch = {"x": jnp.zeros((2, 1)), "cond": {}}
-    with pytest.raises(ConfigError, match="roles.teacher runs on path"):
+    with pytest.raises(ConfigError, match="roles.teacher was trained with another path"):
         objectives.build("distribution_matching").rollout(nets, batch, jax.random.key(0))
     with pytest.raises(ConfigError, match="objective.steps = 0"):
         objectives.build({"name": "distribution_matching", "steps": 0}).rollout({**nets, "teacher": nets["net"]}, batch, jax.random.key(0))

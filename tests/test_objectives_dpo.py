@@ -247,5 +247,7 @@ def test_networks_see_the_same_noise_and_time_for_both_members():
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="objective.form = 'x' is unknown; valid: velocity, eps"):
         dpo.loss({"net": NET, "reference": REFERENCE}, pairs(), None, form="x")
+    with pytest.raises(ConfigError, match=r"roles.reference was trained with another path than the config's: \('vp_linear', 0.1, 20.0\) is not"):
+        dpo.loss({"net": NET, "reference": linear(0.1, path=PATHS["vp_linear"]())}, pairs(), None)
     with pytest.raises(ConfigError, match="needs preference pairs .*the data has no win/lose"):
         dpo.rollout({"net": NET}, {"x": jnp.zeros((2, 1)), "win": jnp.zeros((2, 1)), "cond": {}}, KEY)

@@ -94,7 +94,7 @@ def test_guidance_of_the_teacher():
 def test_refusals():
     nets = {"net": Model(None, RF, "velocity"), "teacher": Model(None, paths.trigonometric(), "velocity")}
     batch = {"x": jnp.ones((2, 1)), "cond": {}}
-    with pytest.raises(ConfigError, match="roles.teacher runs on path"):
+    with pytest.raises(ConfigError, match="roles.teacher was trained with another path"):
         objectives.build({"name": "progressive_distillation", "steps": 1}).rollout(nets, batch, jax.random.key(0))
     with pytest.raises(ConfigError, match="objective.steps = 0"):
         objectives.build({"name": "progressive_distillation", "steps": 0}).rollout({**nets, "teacher": nets["net"]}, batch, jax.random.key(0))

@@ -154,6 +154,22 @@ def distribution_matching():
     return loss, optimum, optimum + jnp.asarray([0.1, 0.05, -0.2, 0.1])
 
 
+def guidance_distillation():
+    """The optimum is u_0 + w (u_1 - u_0) of the exact velocities u_k of the data, with the condition and without."""
+    random = np.random.RandomState(0)
+    x, z, w = (jnp.asarray(random.standard_normal(16)) for _ in range(3))
+    cond = {"label": jnp.arange(16) % 2, "guidance": 3 + w}
+    batch = {"x": x[:, None], "z": z[:, None], "t": jnp.linspace(0.1, 0.9, 16), "cond": cond}
+
+    def apply(x_t, t, cond, key):
+        with_, without = LINE.velocity(RF, x_t, t, cond["label"]), LINE.velocity(RF, x_t, t)
+        return without + cond["guidance"][:, None] * (with_ - without)
+
+    student, teacher = Model(apply, RF, "velocity", guidance_embed=True), LINE.model(RF, conditional=True)
+    player = objectives.build("guidance_distillation").players[0]
+    return lambda theta: player.loss({"net": near(student, theta), "teacher": teacher}, batch, None)[0], jnp.zeros(3), CURVE
+
+
 def diffusion_dpo():
     """Without a preference (every pair in both orders) the reference is the optimum, whatever the pairs."""
     random = np.random.RandomState(0)
@@ -295,6 +311,7 @@ CASES = {
     "consistency_training": consistency_training,
     "progressive_distillation": progressive_distillation,
     "distribution_matching": distribution_matching,
+    "guidance_distillation": guidance_distillation,
     "diffusion_dpo": diffusion_dpo,
     "vae": vae,
     "vae_gan": vae_gan,

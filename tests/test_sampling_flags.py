@@ -72,6 +72,16 @@ def test_the_runs_own_negative_prompt_goes_with_guidance(given):
     assert sampling.options(info)["negative"] == "grey"
 
 
+def test_a_scale_is_an_input_where_the_network_takes_one(given):
+    sample = {"steps": 3, "sampler": "euler", "grid": "uniform", "guidance": "none"}
+    plain, distilled = ({"config": {"sample": sample}, "conditions": c} for c in ({"label": []}, {"guidance": [], "label": []}))
+    given("--guidance=3.5")
+    assert sampling.options(plain)["guidance"] == {"name": "cfg", "scale": 3.5} == sampling.options({"config": {"sample": sample}})["guidance"]
+    assert sampling.options(distilled)["guidance"] == {"name": "embedded", "scale": 3.5}
+    given("--guidance={'name': 'cfg', 'scale': 2.0}")  # refused where it is used
+    assert sampling.options(distilled)["guidance"] == {"name": "cfg", "scale": 2.0}
+
+
 @pytest.mark.parametrize(
     ("flag", "info", "message"),
     [

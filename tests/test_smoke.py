@@ -47,7 +47,7 @@ def vae(shell, mnist_like):
 
 
 def test_every_config_is_tested_here():
-    mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
+    mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_gd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
     mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
@@ -150,6 +150,22 @@ def test_digits_consistency(shell, digits):
         f"--config.roles.teacher.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
     )  # fmt: skip
     check_workdir(shell.home / "cd")
+
+
+def test_digits_guidance_distillation(shell, digits):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_gd.py:smoke", "--workdir=gd",
+        f"--config.roles.teacher.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "gd")
+    assert "net, not in its checkpoint: g_embed" in (shell.home / "gd/card.txt").read_text()
+    shell("experiments.export", "--workdir=gd", "--out=gd_alone")
+    ask = ("experiments.sample", "--checkpoint=gd_alone", "--count=4", "--steps=2")
+    shell(*ask, "--guidance=4", "--out=gd/four")
+    made = np.load(shell.home / "gd/four/samples.npz")
+    assert made["x"].shape == (4, 8, 8, 1) and json.loads(str(made["settings"]))["guidance"] == {"name": "embedded", "scale": 4.0}
+    said = shell(*ask, "--guidance=none", "--out=gd/none", code=2)
+    assert "needs cond['guidance']" in said and "'embedded'" in said and "Traceback" not in said
 
 
 def test_digits_dpo(shell, digits):

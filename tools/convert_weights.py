@@ -64,7 +64,7 @@ def read(source, out):
     if VAE.value:
         _, *vae = export.load(VAE.value, where="--vae")
         try:
-            info = library.decoded(info, vae[1])
+            info = library.decoded(info, vae[1]) | {"latent_space": export.identity(*vae)}
         except ConfigError as error:
             raise ConfigError(f"--vae={VAE.value}: {error}") from None
     with files.whole(out) as folder:

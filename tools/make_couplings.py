@@ -70,8 +70,8 @@ def main():
                 yield "train", f"coupling {row}", {"x": x[i], "z": z[i], **{k: v[row] for k, v in columns.items()}}
 
     source = {"couplings": {"checkpoint": checkpoint, "step": info["step"], "seed": seed, **sampling.told(chosen)}}
-    if vae := export.latent_space(checkpoint, info):
-        source["latents"] = {"vae": vae}
+    if info.get("latent_space"):
+        source["latents"] = {"vae": info["latent_space"]}
     made = records.write(OUT.value, examples(), name="couplings", num_classes=classes, source=source, overwrite=OVERWRITE.value)
     print(f"{made['splits']['train']['count']} couplings of shape {tuple(made['image_shape'])} in {OUT.value}")
     return 0

@@ -51,6 +51,7 @@ TESTS = {
     "flowjax/objectives/contrastive.py": ["test_objectives_contrastive", "test_objectives_table"],
     "flowjax/objectives/dpo.py": ["test_objectives_dpo", "test_objectives_table"],
     "flowjax/objectives/flow_matching.py": ["test_objectives_flow_matching", "test_objectives_table"],
+    "flowjax/objectives/guidance_distillation.py": ["test_objectives_guidance_distillation", "test_objectives_table"],
     "flowjax/objectives/vae.py": ["test_objectives_vae", "test_objectives_table"],
     "flowjax/samplers": SAMPLERS,
     "flowjax/samplers/likelihood.py": ["test_likelihood"],

@@ -72,7 +72,7 @@ def read_sd3(c: Fields) -> dict:
 def write_sd3(net, info) -> dict:
     """Config of an SD3Transformer2DModel."""
     library = "diffusers' SD3Transformer2DModel"
-    needs(net, library, text_encoder=None, mlp_ratio=4.0, time_scale=1000.0)
+    needs(net, library, text_encoder=None, mlp_ratio=4.0, time_scale=1000.0, guidance_embed=False)
     means(info, library, **FLOW)
     return {
         "_class_name": "SD3Transformer2DModel", "sample_size": net.base * net.patch, "patch_size": net.patch,
@@ -100,6 +100,7 @@ def read_flux(c: Fields) -> dict:
     if model["guidance_embed"]:
         conditions["guidance"] = []
         sample = {"steps": 28, "sampler": "euler", "grid": {"name": "uniform", "shift": math.exp(times.flux_mu(4096))}}
+        sample["guidance"] = {"name": "embedded", "scale": 3.5}
     return {"model": model, "shape": [128, 128, packed // 4], "conditions": conditions, "sample": sample} | FLOW
 
 

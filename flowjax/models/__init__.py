@@ -79,4 +79,5 @@ def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Ca
 
     project = functools.partial(apply, project=True) if getattr(module, "projector", None) else None
     # Without a condition there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
-    return Model(apply, path, prediction, module.null if getattr(module, "has_null", True) else None, project=project)
+    null = module.null if getattr(module, "has_null", True) else None
+    return Model(apply, path, prediction, null, project=project, guidance_embed=getattr(module, "guidance_embed", False))

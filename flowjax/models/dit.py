@@ -172,6 +172,8 @@ class DiT(nn.Module):
       learn_sigma: a head with twice the channels, as the papers' models have. The first half is returned and the second
         (the log-variance) discarded, as SiT does, unless return_sigma.
       dropout: on the output of each branch, when train.
+      guidance_embed: the scale of guidance is an input, cond["guidance"], embedded as time is and added to it: for networks that
+        are distilled from guided ones.
       time_scale, frequency_shift: of the timestep embedding; (1000, 0) is DiT, (1, 0) SiT, (1000, 1) diffusers' DiT.
       dtype: "float32" or "bfloat16", of matrix products and the residual stream.
       remat: what the backward pass keeps, see `flowjax.models.remat`.   attention: see `flowjax.models.attention`.
@@ -196,6 +198,7 @@ class DiT(nn.Module):
     learn_sigma: bool = False
     return_sigma: bool = False
     dropout: float = 0.0
+    guidance_embed: bool = False
     time_scale: float = 1000.0
     frequency_shift: float = 0.0
     dtype: str = "float32"
@@ -232,15 +235,16 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict, train: bool = False, project: bool = False):
-        """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C), t (B,) in [0, 1], cond {"label": int (B,)} or {}.
+        """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C), t (B,) in [0, 1].
 
-        With `project`, the pair of it and the projector's (B, H / patch, W / patch, features).
+        cond: "label" int (B,) where there are classes, "guidance" (B,) with guidance_embed. With `project`, the pair of the
+        prediction and the projector's (B, H / patch, W / patch, features).
         """
         _, height, width, channels = x.shape
         self._check(height, width)
         out_channels = (self.out_channels or channels) * (2 if self.learn_sigma else 1)
 
-        embeddings = [L.TimeEmbed(self.width, scale=self.time_scale, shift=self.frequency_shift, name="t_embed")(t)]
+        embeddings = [L.embed_time(self, t, cond, self.frequency_shift)]
         if self.num_classes:
             label = need(cond, "label", f"a DiT with num_classes = {self.num_classes}")
             embeddings.append(L.Embed(self.num_classes + 1, self.width, name="y_embed")(label))

@@ -113,10 +113,7 @@ class Flux(nn.Module):
         _, height, width, channels = x.shape
         self._check(height, width)
 
-        c = L.TimeEmbed(self.width, scale=self.time_scale, name="t_embed")(t)
-        if self.guidance_embed:
-            scale = need(cond, "guidance", "a Flux with guidance_embed")
-            c = c + L.TimeEmbed(self.width, scale=self.time_scale, name="g_embed")(scale)
+        c = L.embed_time(self, t, cond)
         c = constrain(c + Pooled(self.width, name="pooled_embed")(need(cond, "pooled", "a Flux")), "batch", "act")
 
         def tokens(source, name):

@@ -36,7 +36,7 @@ class JiT(nn.Module):
         cond["tokens"]; its sequence becomes tokens, its pooled vector is added to the time's. None for none.
       context_from: as many layers see the image alone; the tokens of the condition join it after them.
       dropout: on the output of each branch in the middle half of the layers, when train.
-      out_channels, time_scale, dtype, remat, attention, projector: as in DiT.
+      out_channels, guidance_embed, time_scale, dtype, remat, attention, projector: as in DiT.
       scan: stack the layers before and after the tokens join (parameters "blocks", "context_blocks") or not.
     """
 
@@ -52,6 +52,7 @@ class JiT(nn.Module):
     mlp_ratio: float = 4.0
     out_channels: int = 0
     dropout: float = 0.0
+    guidance_embed: bool = False
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"
@@ -85,7 +86,8 @@ class JiT(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping, train: bool = False, project: bool = False):
         """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C) and t (B,) in [0, 1].
 
-        cond: "label" int (B,) where there are classes, "tokens" int (B, L) where there is a text encoder.
+        cond: "label" int (B,) where there are classes, "tokens" int (B, L) where there is a text encoder, "guidance" (B,) with
+        guidance_embed.
         With `project`, the pair of the prediction and the projector's (B, H / patch, W / patch, features).
         """
         _, height, width, channels = x.shape
@@ -94,7 +96,7 @@ class JiT(nn.Module):
         count = grid[0] * grid[1]
 
         vector, context = self._condition(cond)
-        c = constrain(L.TimeEmbed(self.width, scale=self.time_scale, name="t_embed")(t) + vector, "batch", "act")
+        c = constrain(L.embed_time(self, t, cond) + vector, "batch", "act")
         h = L.Linear(self.bottleneck, ("small", "mlp"), bias=False, dtype=self.dtype, name="x_bottleneck")(patchify(x, self.patch))
         h = L.Linear(self.width, ("mlp", "embed"), dtype=self.dtype, name="x_embed")(constrain(h, "batch", "seq", "act_mlp"))
         h = h + jnp.asarray(L.sincos_2d(self.width, *grid), jnp.float32)

@@ -6,13 +6,14 @@ where a network is defined, because torch, flax and the papers disagree on all t
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowjax.conditions import need
 from flowjax.config import ConfigError
 from flowjax.models.sharding import active_mesh, constrain
 
@@ -20,6 +21,8 @@ zeros = nn.initializers.zeros
 ones = nn.initializers.ones
 xavier = nn.initializers.xavier_uniform()
 lecun = nn.initializers.lecun_normal()
+
+GUIDANCE = "g_embed"  # the parameters of an embedded scale of guidance
 
 
 def normal(std: float) -> Callable:
@@ -213,7 +216,10 @@ def timestep_embedding(
 
 
 class TimeEmbed(nn.Module):
-    """Timestep t (B,) -> (B, features) float32: sinusoids of size `dim`, Linear, SiLU, Linear."""
+    """Timestep t (B,) -> (B, features) float32: sinusoids of size `dim`, Linear, SiLU, Linear.
+
+    last_init: of the second matrix, where it is not that of the first.
+    """
 
     features: int
     dim: int = 256
@@ -221,12 +227,28 @@ class TimeEmbed(nn.Module):
     shift: float = 0.0
     scale: float = 1000.0
     kernel_init: Callable = normal(0.02)
+    last_init: Callable | None = None
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         h = timestep_embedding(t, self.dim, self.order, self.shift, self.scale)
         h = nn.silu(Linear(self.features, ("small", "mlp"), self.kernel_init, name="fc1")(h))
-        return Linear(self.features, ("mlp", "embed"), self.kernel_init, name="fc2")(h)
+        return Linear(self.features, ("mlp", "embed"), self.last_init or self.kernel_init, name="fc2")(h)
+
+
+def embed_time(network: nn.Module, t: jax.Array, cond: Mapping, shift: float = 0.0) -> jax.Array:
+    """Vector (B, width) float32 of t (B,) and, where the network has guidance_embed, of the scale cond["guidance"] (B,); for its
+    compact method.
+
+    Both are embedded alike, times the network's time_scale. The scale's last matrix is zero at init, so that a network with the
+    weights of one that lacks this input (all but the subtree GUIDANCE) begins as that one, whatever the scale.
+    """
+    c = TimeEmbed(network.width, scale=network.time_scale, shift=shift, name="t_embed")(t)
+    if not network.guidance_embed:
+        return c
+    what = "a network with guidance_embed (sampled with guidance = {'name': 'embedded', 'scale': ...})"
+    scale = need(cond, "guidance", what)
+    return c + TimeEmbed(network.width, scale=network.time_scale, last_init=zeros, name=GUIDANCE)(scale)
 
 
 def sincos_2d(dim: int, height: int, width: int) -> np.ndarray:

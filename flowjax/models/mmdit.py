@@ -153,7 +153,7 @@ class MMDiT(nn.Module):
       text_encoder: fields of a `flowjax.models.text.TextTransformer`, which is trained along (parameters "encoder") and fed with
         cond["tokens"]; None for embedded text, cond["text"] and cond["pooled"].
       out_channels: 0 for as many as the input has.   dropout: on the output of each branch, when train.
-      time_scale: of the timestep embedding.
+      guidance_embed: as in `DiT`.   time_scale: of the timestep embedding.
       dtype, remat, attention: as in `DiT`.
       scan: stack layers of a kind (parameters "dual_blocks", "blocks"; the last one is of its own kind) or not.
       projector: as in `DiT`, of the image's tokens.
@@ -172,6 +172,7 @@ class MMDiT(nn.Module):
     text_encoder: Mapping | None = None
     out_channels: int = 0
     dropout: float = 0.0
+    guidance_embed: bool = False
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"
@@ -195,15 +196,16 @@ class MMDiT(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: Mapping, train: bool = False, project: bool = False):
         """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C) and t (B,) in [0, 1].
 
-        cond: "tokens" int (B, L) with a text encoder, else "text" (B, S, any size) and "pooled" (B, any size). With `project`,
-        the pair of the prediction and the projector's (B, H / patch, W / patch, features).
+        cond: "tokens" int (B, L) with a text encoder, else "text" (B, S, any size) and "pooled" (B, any size); with
+        guidance_embed also "guidance" (B,). With `project`, the pair of the prediction and the projector's (B, H / patch,
+        W / patch, features).
         """
         _, height, width, channels = x.shape
         grid = height // self.patch, width // self.patch
         self._check(height, width)
 
         text, pooled = self._text(cond)
-        c = L.TimeEmbed(self.width, scale=self.time_scale, name="t_embed")(t) + Pooled(self.width, name="pooled_embed")(pooled)
+        c = L.embed_time(self, t, cond) + Pooled(self.width, name="pooled_embed")(pooled)
         c = constrain(c, "batch", "act")
         text = L.Linear(self.width, ("small", "embed"), dtype=self.dtype, name="text_embed")(text)
         text = constrain(text, "batch", "seq", "act")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, contrastive, dmd, dpo, flow_matching, mae, progressive, repa, vae
+from flowjax.objectives import classification, consistency, contrastive, dmd, dpo, flow_matching, guidance_distillation, mae, progressive, repa, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -24,6 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "mae": mae.OBJECTIVE,
     "consistency_distillation": consistency.DISTILLATION,
     "consistency_training": consistency.TRAINING,
+    "guidance_distillation": guidance_distillation.OBJECTIVE,
     "progressive_distillation": progressive.OBJECTIVE,
     "distribution_matching": dmd.OBJECTIVE,
     "diffusion_dpo": dpo.OBJECTIVE,
@@ -43,6 +44,7 @@ class BoundObjective(NamedTuple):
     kinds: Mapping[str, str] = {}
     whole: bool = False
     coupled: bool = False
+    conditions: Mapping[str, tuple[int, ...]] = {}
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
@@ -59,7 +61,9 @@ def bind(objective: Objective, settings: Mapping, where: str = "objective") -> B
 
     players = tuple(p._replace(loss=fill(p.loss), measure=p.measure and fill(p.measure)) for p in objective.players)
     rollout = fill(objective.rollout) if objective.rollout else lambda nets, batch, key: batch
-    return BoundObjective(objective.roles, players, rollout, objective.kinds, objective.whole, objective.coupled)
+    return BoundObjective(
+        objective.roles, players, rollout, objective.kinds, objective.whole, objective.coupled, objective.conditions
+    )
 
 
 def build(section, where: str = "objective") -> BoundObjective:

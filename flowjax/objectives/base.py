@@ -1,5 +1,6 @@
 """The shape of an objective and the few operations that several of them share."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.config import ConfigError
+from flowjax.paths import Path
 
 # Arguments that the train step supplies; every other argument of a loss or rollout is a setting.
 GIVEN = ("nets", "batch", "key")
@@ -29,7 +31,8 @@ class Objective(NamedTuple):
     """roles: role -> "trained" | "frozen" | "optional" (frozen, where the run has it) | "ema:<role>"; players in the order of their
     updates; kinds: what a role's network has to be, where the objective calls for something other than a denoiser; whole: rows are
     compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused; coupled: takes
-    the noise batch["z"] that the data bring along (couplings), where they do."""
+    the noise batch["z"] that the data bring along (couplings), where they do; conditions: name (of flowjax.conditions) -> shape of one
+    example, of what the rollout adds to the batch's cond and the data do not have."""
 
     roles: Mapping[str, str]
     players: tuple[Player, ...]
@@ -37,11 +40,27 @@ class Objective(NamedTuple):
     kinds: Mapping[str, str] = {}
     whole: bool = False
     coupled: bool = False
+    conditions: Mapping[str, tuple[int, ...]] = {}
 
 
 def mean_dims(x):
     """Mean over all axes but the first: (B, ...) -> (B,), in float32."""
     return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=tuple(range(1, x.ndim)))
+
+
+def same_meaning(found, wanted, where: str, what=("path", "prediction")):
+    """ConfigError that names the first of `what` in which a network from elsewhere differs from the config's: shapes alone do not
+    tell. Both are Models, or the Roles (flowjax.train.roles) that these come from, which also have a "scaling"."""
+
+    def told(value):
+        if isinstance(value, Path):
+            return value.name, *value.settings
+        return (value.func.__name__, value.keywords) if isinstance(value, functools.partial) else value
+
+    for name in what:
+        a, b = (told(getattr(network, name)) for network in (found, wanted))
+        if a != b:
+            raise ConfigError(f"{where} was trained with another {name} than the config's: {a} is not {b}")
 
 
 def drop_condition(net, cond, key, rate: float):

@@ -20,7 +20,7 @@ import numpy as np
 from flowjax import config, times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
-from flowjax.objectives.base import Objective, Player, mean_dims
+from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
@@ -155,8 +155,7 @@ def distillation_loss(nets, batch, key, *, solver: str = "heun", guidance="none"
                       weighting: str = "none"):
     """CD loss. `guidance` is a section of flowjax.guidance that wraps the teacher, so that one student call is guided."""
     net, teacher = nets["net"], nets["teacher"]
-    if teacher.path != net.path:
-        raise ConfigError(f"roles.teacher runs on path {teacher.path.name!r} but the trained network on {net.path.name!r} (or with other settings); they must agree")
+    same_meaning(teacher, net, "roles.teacher", ("path",))
     if guidance != "none":
         teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
     x_t = net.path.perturb(batch["x"], batch["z"], batch["t"])

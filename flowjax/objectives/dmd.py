@@ -24,7 +24,7 @@ from flowjax import times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
 from flowjax.objectives import flow_matching
-from flowjax.objectives.base import Objective, Player, mean_dims
+from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
@@ -36,8 +36,7 @@ def rollout(nets, batch, key, *, steps: int = 1, grid="uniform", time="uniform",
     """
     net, fake, x, cond = nets["net"], nets["fake"], batch["x"], batch["cond"]
     for name in ("fake", "teacher"):
-        if nets[name].path != net.path:
-            raise ConfigError(f"roles.{name} runs on path {nets[name].path.name!r} but the trained network on {net.path.name!r} (or with other settings); they must agree")
+        same_meaning(nets[name], net, f"roles.{name}", ("path",))
     if steps < 1:
         raise ConfigError(f"objective.steps = {steps} should be at least 1")
     taus = jnp.asarray(times.grid(steps, net.path, prediction=net.prediction, **keywords(grid))[:-1], jnp.float32)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flowjax import predictions, times
 from flowjax.config import ConfigError, keywords
-from flowjax.objectives.base import Objective, Player, mean_dims
+from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
 
 
 def rollout(nets, batch, key, *, time="uniform"):
@@ -51,6 +51,7 @@ def loss(nets, batch, key, *, beta: float = 1000.0, form: str = "velocity", anch
     del key
     if form not in ("velocity", "eps"):
         raise ConfigError(f"objective.form = {form!r} is unknown; valid: velocity, eps")
+    same_meaning(nets["reference"], nets["net"], "roles.reference", ("path",))
     z, t, cond = batch["z"], batch["t"], batch["cond"]
 
     def errors(role, side):

@@ -46,8 +46,13 @@ def noisy(net, batch):
 def regression(net, batch, output, weight):
     """(loss, metrics) of the network's output at `noisy`."""
     y = predictions.target(net.path, net.prediction, batch["x"], batch["z"], batch["t"])
+    return weighted(net, batch["t"], output, y, weight)
+
+
+def weighted(net, t, output, y, weight):
+    """(loss, metrics) of the network's output at t (B,), whose goal is y."""
     error = mean_dims(jnp.square(output - y))
-    omega = weights.loss_weight(weight, net.path, net.prediction, batch["t"])
+    omega = weights.loss_weight(weight, net.path, net.prediction, t)
     return jnp.mean(omega * error), {"mse": jnp.mean(error)}
 
 

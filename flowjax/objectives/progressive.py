@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax import predictions, times, weights
+from flowjax import predictions, times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
-from flowjax.objectives.base import Objective, Player, mean_dims
+from flowjax.objectives import flow_matching
+from flowjax.objectives.base import Objective, Player, same_meaning
 from flowjax.paths import expand
 
 
@@ -41,8 +42,7 @@ def rollout(nets, batch, key, *, steps: int, grid="uniform", guidance="none"):
     of flowjax.guidance that wraps the teacher, for the first stage: its students are guided without it.
     """
     net, teacher = nets["net"], nets["teacher"]
-    if teacher.path != net.path:
-        raise ConfigError(f"roles.teacher runs on path {teacher.path.name!r} but the trained network on {net.path.name!r} (or with other settings); they must agree")
+    same_meaning(teacher, net, "roles.teacher", ("path",))
     if steps < 1:
         raise ConfigError(f"objective.steps = {steps} should be at least 1")
     if guidance != "none":
@@ -64,9 +64,7 @@ def loss(nets, batch, key, *, weight="truncated_snr"):
     """Weighted regression on the goal; `weight` is a section of flowjax.weights. Metric `mse` is unweighted."""
     net, t, x_t = nets["net"], batch["t"], batch["x_t"]
     y = predictions.convert(net.path, "x", net.prediction, batch["goal"], x_t, t)
-    error = mean_dims(jnp.square(net(x_t, t, batch["cond"], key) - y))
-    omega = weights.loss_weight(weight, net.path, net.prediction, t)
-    return jnp.mean(omega * error), {"mse": jnp.mean(error)}
+    return flow_matching.weighted(net, t, net(x_t, t, batch["cond"], key), y, weight)
 
 
 OBJECTIVE = Objective({"net": "trained", "teacher": "frozen"}, (Player("net", loss),), rollout)

@@ -11,11 +11,12 @@ from flowjax import conditions, generate, objectives
 from flowjax.config import ConfigError, bind, keywords, lookup
 from flowjax.data import latents
 from flowjax.data.pipeline import pipeline
-from flowjax.models import sharding
+from flowjax.models import layers, sharding
+from flowjax.objectives.base import same_meaning
 from flowjax.train import checkpoint, ema, export, generator, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
-from flowjax.train.roles import build_role, same_shapes
+from flowjax.train.roles import build_role, domain, same_domain, same_shapes
 
 # Frozen networks that stand between the data and any objective's networks: images -> latents, tokens -> embeddings.
 CODECS = ("vae", "text")
@@ -44,7 +45,8 @@ def build_roles(config, objective):
             if any(section[k] for k in (*NETWORK, "optimizer", "every")):
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
-            wanted = {"vae": "autoencoder", "text": "text_encoder"}.get(name, objective.kinds.get(name))
+            usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
+            wanted = objective.kinds.get(name, usual)
             if wanted and roles[name].module.kind != wanted:
                 raise ConfigError(f"roles.{name}.checkpoint = {section['checkpoint']!r} is a {roles[name].module.kind}, not a {wanted}")
             loaded[name] = params, info
@@ -61,17 +63,10 @@ def build_roles(config, objective):
                 raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {wanted!r} as {name!r}")
             if section.get("checkpoint"):
                 saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
-                _same_meaning(saved, roles[name], f"roles.{name}.checkpoint = {section['checkpoint']!r}")
+                where = f"roles.{name}.checkpoint = {section['checkpoint']!r}"
+                same_meaning(saved, roles[name], where, ("path", "prediction", "scaling"))
                 loaded[name] = params, info
     return roles, loaded
-
-
-def _same_meaning(saved, wanted, where):
-    """ConfigError where weights of one path, prediction or scaling would go on as another: shapes alone do not tell."""
-    for what in ("path", "prediction", "scaling"):
-        a, b = ((f.func, f.keywords) if what == "scaling" and f is not None else f for f in (getattr(r, what) for r in (saved, wanted)))
-        if a != b:
-            raise ConfigError(f"{where} was trained with another {what} than the config's: {a} is not {b}")
 
 
 def check_evaluation(section):
@@ -119,7 +114,9 @@ class Run:
         if "z" in self.pipeline.manifest.get("columns", ()) and not self.objective.coupled:
             raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
         self.example = self._example()
+        self._check_teachers()
         self._places()
+        self.added = {name: self._added(name) for name in self.trained if name in self.loaded}
         self._check_conditions()
 
     @property
@@ -151,12 +148,33 @@ class Run:
             if vocab and vocab < self.tokenizer.vocab:
                 where = "model" if name == "net" else f"roles.{name}"
                 raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.tokenizer.vocab} tokens")
-        idle = {*self.example[1]} - {"label"} - self.read
+        idle = {*self.example[1]} - {"label"} - self.read - self.objective.conditions.keys()  # of those the objective takes care
         if ("text" in self.roles or "embedded" in self.pipeline.manifest) and self.read & {"text", "pooled"}:
             idle -= {"text", "pooled"}  # the encoder gives both, and one may be all that is needed
         if idle:
             name, has = keywords(self.config["model"])["name"], ", ".join(sorted(idle))
             raise ConfigError(f"the data has {has} (data.text, roles.text, or embeddings), but model {name!r} does not use them")
+
+    def _check_teachers(self):
+        """ConfigError where a frozen denoiser, of which the trained one learns, was made for other examples or conditions."""
+        teachers = [k for k, r in self.roles.items() if self.objective.roles.get(k) == "frozen" and r.module.kind == "denoiser"]
+        if not teachers:
+            return
+        x, cond = self.example
+        mine = domain(self.roles["net"], {
+            "shape": x.shape[1:], "latent_space": self.latent_space, "data": self.pipeline.manifest,
+            "conditions": {k: v for k, v in conditions.shapes_of(cond).items() if k not in self.objective.conditions},
+            "frozen": {k: checkpoint.fingerprint(self.loaded[k][0]) for k in ("text",) if k in self.loaded},
+        })  # fmt: skip
+        for name in teachers:
+            same_domain(domain(self.roles[name], self.loaded[name][1]), mine, f"roles.{name}")
+
+    @property
+    def latent_space(self) -> str | None:
+        """The autoencoder (by export.identity) whose latents the networks work on; None where there is none, or none is known."""
+        if "vae" in self.roles and not self.encoded:
+            return export.identity(*self.loaded["vae"])
+        return self.pipeline.manifest.get("latents", {}).get("vae")
 
     def _encoded(self) -> bool:
         """Whether the data are latents already (flowjax.data.latents): then roles.vae only decodes, and must be who made them."""
@@ -205,7 +223,10 @@ class Run:
                 raise ConfigError("roles.text embeds captions, and the data has no tokens: set data.text")
             text = self.roles["text"].net(self.loaded["text"][0])
             cond = conditions.zeros(conditions.shapes_of(jax.eval_shape(lambda c: conditions.embed(text, c), cond)), 1)
-        return jnp.zeros((1, *shape), jnp.float32), cond
+        if twice := cond.keys() & self.objective.conditions.keys():
+            objective = keywords(self.config["objective"])["name"]
+            raise ConfigError(f"the data has {', '.join(twice)}, which objective {objective!r} makes itself")
+        return jnp.zeros((1, *shape), jnp.float32), cond | conditions.zeros(self.objective.conditions, 1)
 
     def image_shape(self):
         """Shape of one sample, whether the data are images or the latents of some."""
@@ -261,16 +282,23 @@ class Run:
         absent = {*self.trained} | ({"vae"} if self.encoded else set()) | ({"text"} if self.embedded else set())
         self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in absent}
 
+    def _added(self, name: str) -> tuple[str, ...]:
+        """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
+        found, wanted = self.loaded[name][0], self.target.params[name]
+        added = tuple(k for k in (layers.GUIDANCE,) if k in wanted and k not in found)
+        same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
+        return added
+
     def fresh(self):
-        """The state at step 0, created straight into its shards; roles with a checkpoint start from it."""
+        """The state at step 0, created straight into its shards; roles with a checkpoint start from it, except what it lacks."""
         state = jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config["seed"]))
         for name in self.trained:
             if name in self.loaded:
                 params = self.loaded[name][0]
-                same_shapes(params, state.params[name], f"roles.{name}.checkpoint")
                 put = lambda p, s: jax.device_put(jnp.asarray(p, s.dtype), s.sharding)  # noqa: E731
-                new = jax.tree.map(put, params, state.params[name])
-                copies = {k: jax.tree.map(put, params, state.ema[k]) for k, (_, of) in self.averages.items() if of == name}
+                begun = lambda own: own | jax.tree.map(put, params, {k: own[k] for k in params})  # noqa: E731
+                new = begun(state.params[name])
+                copies = {k: begun(state.ema[k]) for k, (_, of) in self.averages.items() if of == name}
                 state = state.replace(params={**state.params, name: new}, ema={**state.ema, **jax.tree.map(jnp.copy, copies)})
         return state
 
@@ -387,7 +415,8 @@ class Run:
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
             "text": self.text,
-            "image_shape": list(self.image_shape()), "config": self.config, "step": step, "weights": weights,
+            "image_shape": list(self.image_shape()), "latent_space": self.latent_space,
+            "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
         }

@@ -127,12 +127,6 @@ def companion(path, info, name: str, where: str = "checkpoint"):
     return found and found[0].net(found[1])
 
 
-def latent_space(path, info) -> str | None:
-    """The identity of the autoencoder in whose latents a network works, or None for one that works on the data themselves."""
-    found = _companion(path, info, "vae", "vae")
-    return found and identity(*found[1:])
-
-
 def tokenizer_of(path, info):
     """The tokenizer of the network's captions; ConfigError where it has none."""
     from flowjax.data import text

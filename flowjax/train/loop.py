@@ -367,6 +367,7 @@ def _facts(this, train_step, compiled, state, drawn, rate):
     facts = {
         "config": config,
         "parameters": {k: f"{card.size(v):,} trained" for k, v in state.params.items()}
+        | {f"{k}, not in its checkpoint": ", ".join(v) for k, v in this.added.items() if v}
         | {k: f"{card.size(v):,} frozen" for k, v in this.frozen.items()},
         "data": this.pipeline.manifest,
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},

@@ -126,3 +126,26 @@ def same_shapes(found, wanted, what: str):
     if lines:
         more = [f"  ... and {len(lines) - 8} more"] if len(lines) > 8 else []
         raise ConfigError("\n".join([f"{what} does not fit the model:", *lines[:8], *more]))
+
+
+def domain(role: Role, info: Mapping[str, Any]) -> dict[str, Any]:
+    """What examples and conditions a denoiser was made for, by the info of its export or workdir; None where that is not known.
+
+    The length of a text is free, as networks take any; that of token ids is not.
+    """
+    data, shapes = info.get("data") or {}, info.get("conditions") or {}
+    return {
+        "shape": tuple(info["shape"]),
+        "latent space": info.get("latent_space"),
+        "number of classes": getattr(role.module, "num_classes", 0),
+        "set of conditions": {k: tuple(v[-1:]) for k, v in sorted(shapes.items()) if k != "label"},
+        "text encoder": (info.get("frozen") or {}).get("text"),
+        "tokenizer": (data.get("tokenizer") or {}).get("sha256"),
+    }
+
+
+def same_domain(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str):
+    """ConfigError that names the first entry in which two domains differ; what is not known of one of them does not count."""
+    for what, mine in wanted.items():
+        if None not in (found[what], mine) and found[what] != mine:
+            raise ConfigError(f"{where} was trained with another {what} than this run's: {found[what]} is not {mine}")
