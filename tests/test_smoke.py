@@ -49,6 +49,7 @@ def vae(shell, mnist_like):
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_gd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
+    mine |= {"digits_pd", "digits_reflow", "digits_dmd"}
     mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
@@ -166,6 +167,42 @@ def test_digits_guidance_distillation(shell, digits):
     assert made["x"].shape == (4, 8, 8, 1) and json.loads(str(made["settings"]))["guidance"] == {"name": "embedded", "scale": 4.0}
     said = shell(*ask, "--guidance=none", "--out=gd/none", code=2)
     assert "needs cond['guidance']" in said and "'embedded'" in said and "Traceback" not in said
+
+
+def test_digits_progressive(shell, digits):
+    command = ("experiments.progressive", f"--config={ROOT}/configs/digits_pd.py:smoke", f"--teacher={digits}", "--workdir=pd")
+    said = shell(*command, "--steps=2,1")
+    assert said.count("done at step 4") == 2
+    info = json.loads((shell.home / "pd/1/config.json").read_text())["config"]
+    assert info["objective"] == {"name": "progressive_distillation", "steps": 1} and info["roles"]["teacher"]["checkpoint"] == "pd/2"
+    assert shell(*command, "--steps=2,1").count("already at step 4") == 2
+    assert "1 is not half of 3" in shell(*command, "--steps=3,1", code=2)
+
+
+def test_digits_reflow(shell, digits):
+    couple = ("tools.make_couplings", f"--checkpoint={digits}", "--count=32", "--steps=2", "--guidance=1.5")
+    assert "32 couplings of shape (8, 8, 1)" in shell(*couple, "--sampler=euler", "--out=couplings")
+    assert "valid: euler" in shell(*couple, "--sampler=ancestral", "--out=bad", code=2) and not (shell.home / "bad").exists()
+    # The same noise gives the same sample.
+    shell("experiments.sample", f"--checkpoint={digits}", "--count=5", "--steps=2", "--guidance=1.5", "--sampler=euler", "--out=again", "--seed=0")
+    pairs, again = records.Records(shell.home / "couplings", "train").read(range(32)), np.load(shell.home / "again/samples.npz")
+    np.testing.assert_allclose(pairs["x"][:5], again["x"], atol=2e-5)
+    np.testing.assert_array_equal(pairs["label"], np.arange(32) % 10)
+    assert abs(pairs["z"].mean()) < 0.1 and abs(pairs["z"].std() - 1) < 0.1
+    for way in ("", "one:"):
+        shell("experiments.train", f"--config={ROOT}/configs/digits_reflow.py:smoke:{way}couplings", f"--workdir=reflow{way[:-1]}", f"--config.roles.net.checkpoint={digits}")
+    check_workdir(shell.home / "reflow")
+    assert "share of t" in (shell.home / "reflowone/card.txt").read_text()
+    said = shell("experiments.train", f"--config={ROOT}/configs/digits_ct.py:smoke", "--config.data={'name': 'array_record', 'path': 'couplings'}", "--workdir=bad", code=2)
+    assert "the data are couplings" in said
+
+
+def test_digits_distribution_matching(shell, digits):
+    roles = [f"--config.roles.{name}.checkpoint={digits}" for name in ("net", "fake", "teacher")]
+    shell("experiments.train", f"--config={ROOT}/configs/digits_dmd.py:smoke", "--workdir=dmd", "--config.objective.steps=2", *roles)
+    seen = [row for row in rows(shell.home / "dmd") if "fake/loss" in row]
+    assert len(seen) == 4 and list((shell.home / "dmd/samples").glob("*.png"))
+    assert [np.isfinite(row["net/loss"]) for row in seen] == [True, False, True, False]  # roles.net.every = 2
 
 
 def test_digits_dpo(shell, digits):
