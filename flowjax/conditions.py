@@ -5,6 +5,7 @@
     text      float32 (S, D)     embedded caption, one vector a token
     pooled    float32 (D,)       embedded caption, one vector in all
     guidance  float32 ()         scale that a guidance-distilled network takes as an input (guidance_embed); not of the data
+    step      float32 ()         t - s, over which a flow map's velocity is the average (step_embed); not of the data
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flowjax.config import ConfigError
 
 CAPTION = ("tokens", "text", "pooled")  # those that say what a caption says
-DTYPES = {"label": jnp.int32, "tokens": jnp.int32, "text": jnp.float32, "pooled": jnp.float32, "guidance": jnp.float32}
+DTYPES = {"label": jnp.int32, "tokens": jnp.int32, "text": jnp.float32, "pooled": jnp.float32, "guidance": jnp.float32, "step": jnp.float32}
 
 
 def zeros(shapes: Mapping, rows: int) -> dict[str, jax.Array]:

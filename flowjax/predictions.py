@@ -134,7 +134,7 @@ class Model:
     pure function of its arguments; else the sampling driver carries its state, and `apply` is the model with none yet.
     `project` takes what apply takes and returns (y, features (B, rows, columns, F) that a hidden state is projected to);
     None for networks without a projector. `guidance_embed` tells networks that take the scale of guidance as an input,
-    cond["guidance"] (B,).
+    cond["guidance"] (B,); `step_embed` those that take a step, cond["step"] (B,), and answer with the velocity's mean over it.
     """
 
     apply: Callable[..., Any]
@@ -144,6 +144,7 @@ class Model:
     memory: Memory | None = None
     project: Callable[..., Any] | None = None
     guidance_embed: bool = False
+    step_embed: bool = False
 
     def __call__(self, x_t, t, cond=None, key=None):
         """y for x_t (B, ...) at t, scalar or (B,)."""
@@ -159,11 +160,15 @@ class Model:
         return to_x_and_z(self.path, self.prediction, self(x_t, t, cond, key), x_t, t)
 
     def bind(self, cond):
-        """The same model with its condition fixed, as samplers take it."""
+        """The same model with its condition fixed, as samplers take it; a condition given then is what they add to it."""
+
+        def whole(more):
+            return {**(cond or {}), **more} if more else cond
+
         memory = self.memory and Memory(
-            self.memory.init, lambda x_t, t, _, key, state: self.memory.apply(x_t, t, cond, key, state)
+            self.memory.init, lambda x_t, t, more, key, state: self.memory.apply(x_t, t, whole(more), key, state)
         )
-        return dataclasses.replace(self, apply=lambda x_t, t, _, key: self.apply(x_t, t, cond, key), memory=memory)
+        return dataclasses.replace(self, apply=lambda x_t, t, more, key: self.apply(x_t, t, whole(more), key), memory=memory)
 
     def replace(self, **changes):
         """A copy with fields changed."""

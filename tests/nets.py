@@ -1,7 +1,9 @@
 """Tools for tests of networks: random parameters, golden files, sharded against unsharded."""
 
+import contextlib
 import os
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,14 @@ from flowjax.models import sharding
 from flowjax.train.mesh import AXES
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@contextlib.contextmanager
+def optimised():
+    """What is jitted inside is compiled to run fast, which conftest.py otherwise leaves out: for loops of convolutions."""
+    plain, options = jax.jit, {"xla_backend_optimization_level": 2}
+    with mock.patch.object(jax, "jit", lambda fn, **rest: plain(fn, compiler_options=options, **rest)):
+        yield
 
 
 def count(net, *inputs) -> int:

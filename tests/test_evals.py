@@ -8,6 +8,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
+from nets import optimised
 from flowjax.config import ConfigError
 from flowjax.evals import agreement, features, frechet
 from flowjax.evals.agreement import Judge
@@ -28,7 +29,8 @@ def digits():
 @functools.cache
 def network(name):
     train = digits()["train"]
-    return features.extractor(name, quantise(train["x"]), train["label"])
+    with optimised():
+        return features.extractor(name, quantise(train["x"]), train["label"])
 
 
 @functools.cache

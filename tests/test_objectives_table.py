@@ -128,6 +128,46 @@ def progressive_distillation():
     return lambda k: bound.players[0].loss({"net": student(k)}, batch, None)[0], optimum, optimum + jnp.asarray([0.1, -0.2])
 
 
+def gaussian_map(x_t, t, step):
+    """The mean velocity of data N(0, 1/4) over a step: the flow multiplies by the ratio of standard deviations."""
+    std = lambda t: jnp.sqrt((1 - t) ** 2 / 4 + t**2)  # noqa: E731
+    inside = jnp.where(step == 0, 1.0, step)
+    return jnp.where(step == 0, slope(t), (1 - std(t - step) / std(t)) / inside)[:, None] * x_t
+
+
+def near_map(theta):
+    def apply(x_t, t, cond, key):
+        return gaussian_map(x_t, t, cond["step"]) + theta[0] * x_t + theta[1] * (t * cond["step"])[:, None]
+
+    return Model(apply, RF, "velocity", step_embed=True)
+
+
+def meanflow():
+    x, z, weights = quadrature.mixture_and_noise(exact.mixture([1.0], [0.0], [0.5]), 16)
+    player = objectives.build({"name": "meanflow", "power": 0.0}).players[0]
+    ones = jnp.ones(len(x))
+
+    def loss(theta):
+        batch = {"x": x, "z": z, "dropped": ones < 0}
+        return sum(
+            quadrature.expected(lambda b: player.loss({"net": near_map(theta)}, b, None), batch | {"t": t * ones, "cond": {"step": s * ones}}, weights)
+            for t, s in ((0.9, 0.6), (0.5, 0.0))
+        )
+
+    return loss, jnp.zeros(2), jnp.asarray([0.1, -0.2])
+
+
+def shortcut():
+    """Steps above the finest: the goals of an exact average are the exact map's own."""
+    bound = objectives.build({"name": "shortcut", "bootstrap": 1.0, "finest": 8})
+    x = jax.random.normal(jax.random.key(0), (64, 1)) / 2
+    nets = {"net": near_map(jnp.zeros(2)), "target": near_map(jnp.zeros(2))}
+    batch = bound.rollout(nets, {"x": x, "cond": {}}, jax.random.key(1))
+    coarse = np.flatnonzero(np.asarray(batch["cond"]["step"]) > 1 / 8)
+    batch = jax.tree.map(lambda v: v[coarse], batch)
+    return lambda theta: bound.players[0].loss({"net": near_map(theta)}, batch, None)[0], jnp.zeros(2), jnp.asarray([0.1, -0.2])
+
+
 def distribution_matching():
     """Data N(0.2, 1/4): the generator 0.2 + z / 2, and the fake network that has its exact velocity; each player's gradient alone."""
     t, mean = 0.6, 0.2
@@ -311,6 +351,8 @@ CASES = {
     "consistency_training": consistency_training,
     "progressive_distillation": progressive_distillation,
     "distribution_matching": distribution_matching,
+    "meanflow": meanflow,
+    "shortcut": shortcut,
     "guidance_distillation": guidance_distillation,
     "diffusion_dpo": diffusion_dpo,
     "vae": vae,

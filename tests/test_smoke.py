@@ -202,7 +202,7 @@ def test_digits_distribution_matching(shell, digits):
     shell("experiments.train", f"--config={ROOT}/configs/digits_dmd.py:smoke", "--workdir=dmd", "--config.objective.steps=2", *roles)
     seen = [row for row in rows(shell.home / "dmd") if "fake/loss" in row]
     assert len(seen) == 4 and list((shell.home / "dmd/samples").glob("*.png"))
-    assert [np.isfinite(row["net/loss"]) for row in seen] == [True, False, True, False]  # roles.net.every = 2
+    assert [isinstance(row["net/loss"], float) for row in seen] == [True, False, True, False]  # roles.net.every = 2
 
 
 def test_digits_dpo(shell, digits):

@@ -224,7 +224,7 @@ NETS = {"DiT": DiT, "AutoencoderKL": AutoencoderKL}
 FIELDS = {
     "DiT": {
         "conditioning": "adaln_zero", "norm": "layer", "mlp": "gelu", "qk_norm": False, "rope": False, "dropout": 0.0,
-        "return_sigma": False, "guidance_embed": False,
+        "return_sigma": False, "guidance_embed": False, "step_embed": False,
     },
     "AutoencoderKL": {},
 }  # fmt: skip

@@ -72,7 +72,7 @@ def read_sd3(c: Fields) -> dict:
 def write_sd3(net, info) -> dict:
     """Config of an SD3Transformer2DModel."""
     library = "diffusers' SD3Transformer2DModel"
-    needs(net, library, text_encoder=None, mlp_ratio=4.0, time_scale=1000.0, guidance_embed=False)
+    needs(net, library, text_encoder=None, mlp_ratio=4.0, time_scale=1000.0, guidance_embed=False, step_embed=False)
     means(info, library, **FLOW)
     return {
         "_class_name": "SD3Transformer2DModel", "sample_size": net.base * net.patch, "patch_size": net.patch,

@@ -122,6 +122,6 @@ def plain_input(info, library: str):
 def plain_dit(net, library: str):
     """ConfigError unless the network is the DiT of the paper, with classes."""
     needs(net, library, conditioning="adaln_zero", norm="layer", qk_norm=False, mlp="gelu", rope=False, sincos=True)
-    needs(net, library, guidance_embed=False)
+    needs(net, library, guidance_embed=False, step_embed=False)
     if not net.num_classes:
         raise ConfigError(f"model.num_classes = 0 cannot be expressed in {library}, which is a network of classes")

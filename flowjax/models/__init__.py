@@ -80,4 +80,5 @@ def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Ca
     project = functools.partial(apply, project=True) if getattr(module, "projector", None) else None
     # Without a condition there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
     null = module.null if getattr(module, "has_null", True) else None
-    return Model(apply, path, prediction, null, project=project, guidance_embed=getattr(module, "guidance_embed", False))
+    takes = {k: getattr(module, k, False) for k in ("guidance_embed", "step_embed")}
+    return Model(apply, path, prediction, null, project=project, **takes)

@@ -174,6 +174,7 @@ class DiT(nn.Module):
       dropout: on the output of each branch, when train.
       guidance_embed: the scale of guidance is an input, cond["guidance"], embedded as time is and added to it: for networks that
         are distilled from guided ones.
+      step_embed: so is the step that the velocity is the average over, cond["step"], 0 where that is not given: for flow maps.
       time_scale, frequency_shift: of the timestep embedding; (1000, 0) is DiT, (1, 0) SiT, (1000, 1) diffusers' DiT.
       dtype: "float32" or "bfloat16", of matrix products and the residual stream.
       remat: what the backward pass keeps, see `flowjax.models.remat`.   attention: see `flowjax.models.attention`.
@@ -199,6 +200,7 @@ class DiT(nn.Module):
     return_sigma: bool = False
     dropout: float = 0.0
     guidance_embed: bool = False
+    step_embed: bool = False
     time_scale: float = 1000.0
     frequency_shift: float = 0.0
     dtype: str = "float32"
@@ -237,7 +239,7 @@ class DiT(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict, train: bool = False, project: bool = False):
         """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C), t (B,) in [0, 1].
 
-        cond: "label" int (B,) where there are classes, "guidance" (B,) with guidance_embed. With `project`, the pair of the
+        cond: "label" int (B,) where there are classes, "guidance" (B,) with guidance_embed, "step" (B,) with step_embed. With `project`, the pair of the
         prediction and the projector's (B, H / patch, W / patch, features).
         """
         _, height, width, channels = x.shape

@@ -36,7 +36,7 @@ class JiT(nn.Module):
         cond["tokens"]; its sequence becomes tokens, its pooled vector is added to the time's. None for none.
       context_from: as many layers see the image alone; the tokens of the condition join it after them.
       dropout: on the output of each branch in the middle half of the layers, when train.
-      out_channels, guidance_embed, time_scale, dtype, remat, attention, projector: as in DiT.
+      out_channels, guidance_embed, step_embed, time_scale, dtype, remat, attention, projector: as in DiT.
       scan: stack the layers before and after the tokens join (parameters "blocks", "context_blocks") or not.
     """
 
@@ -53,6 +53,7 @@ class JiT(nn.Module):
     out_channels: int = 0
     dropout: float = 0.0
     guidance_embed: bool = False
+    step_embed: bool = False
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"

@@ -23,6 +23,7 @@ xavier = nn.initializers.xavier_uniform()
 lecun = nn.initializers.lecun_normal()
 
 GUIDANCE = "g_embed"  # the parameters of an embedded scale of guidance
+STEP = "s_embed"  # and of an embedded step
 
 
 def normal(std: float) -> Callable:
@@ -237,13 +238,15 @@ class TimeEmbed(nn.Module):
 
 
 def embed_time(network: nn.Module, t: jax.Array, cond: Mapping, shift: float = 0.0) -> jax.Array:
-    """Vector (B, width) float32 of t (B,) and, where the network has guidance_embed, of the scale cond["guidance"] (B,); for its
-    compact method.
+    """Vector (B, width) float32 of t (B,) and, where the network has guidance_embed, of the scale cond["guidance"] (B,), and where it
+    has step_embed, of cond["step"] (B,), which is 0 where nobody says; for its compact method.
 
-    Both are embedded alike, times the network's time_scale. The scale's last matrix is zero at init, so that a network with the
-    weights of one that lacks this input (all but the subtree GUIDANCE) begins as that one, whatever the scale.
+    All are embedded alike, times the network's time_scale. The last matrix of the scale and of the step is zero at init, so that a
+    network with the weights of one that lacks these inputs (all but the subtrees GUIDANCE and STEP) begins as that one, whatever they are.
     """
     c = TimeEmbed(network.width, scale=network.time_scale, shift=shift, name="t_embed")(t)
+    if getattr(network, "step_embed", False):
+        c = c + TimeEmbed(network.width, scale=network.time_scale, last_init=zeros, name=STEP)(cond.get("step", jnp.zeros_like(t)))
     if not network.guidance_embed:
         return c
     what = "a network with guidance_embed (sampled with guidance = {'name': 'embedded', 'scale': ...})"

@@ -14,7 +14,7 @@ class MLP(nn.Module):
 
     Fields: width and depth; num_classes (0 for no labels), whose table has one more row for "no class"; dropout on each
     layer's output when train; time_scale, the t = 1 of the sinusoids (lower than an image model's, for a map smooth in t);
-    dtype of the matrix products.
+    dtype of the matrix products; step_embed as in DiT.
     """
 
     width: int = 128
@@ -22,6 +22,7 @@ class MLP(nn.Module):
     num_classes: int = 0
     dropout: float = 0.0
     time_scale: float = 100.0
+    step_embed: bool = False
     dtype: str = "float32"
 
     kind = "denoiser"
@@ -39,6 +40,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict, train: bool = False) -> jax.Array:
         """Prediction (B, D) float32 for x (B, D), t (B,) in [0, 1], cond {"label": int (B,)} or {}."""
         c = L.TimeEmbed(self.width, dim=64, scale=self.time_scale, kernel_init=L.lecun, name="t_embed")(t)
+        if self.step_embed:
+            step = cond.get("step", jnp.zeros_like(t))
+            c = c + L.TimeEmbed(self.width, dim=64, scale=self.time_scale, kernel_init=L.lecun, last_init=L.zeros, name=L.STEP)(step)
         if self.num_classes:
             label = need(cond, "label", f"an MLP with num_classes = {self.num_classes}")
             c = c + L.Embed(self.num_classes + 1, self.width, init=L.normal(1.0), name="y_embed")(label)

@@ -153,7 +153,7 @@ class MMDiT(nn.Module):
       text_encoder: fields of a `flowjax.models.text.TextTransformer`, which is trained along (parameters "encoder") and fed with
         cond["tokens"]; None for embedded text, cond["text"] and cond["pooled"].
       out_channels: 0 for as many as the input has.   dropout: on the output of each branch, when train.
-      guidance_embed: as in `DiT`.   time_scale: of the timestep embedding.
+      guidance_embed, step_embed: as in `DiT`.   time_scale: of the timestep embedding.
       dtype, remat, attention: as in `DiT`.
       scan: stack layers of a kind (parameters "dual_blocks", "blocks"; the last one is of its own kind) or not.
       projector: as in `DiT`, of the image's tokens.
@@ -173,6 +173,7 @@ class MMDiT(nn.Module):
     out_channels: int = 0
     dropout: float = 0.0
     guidance_embed: bool = False
+    step_embed: bool = False
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"

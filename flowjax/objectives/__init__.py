@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, contrastive, dmd, dpo, flow_matching, guidance_distillation, mae, progressive, repa, vae
+from flowjax.objectives import classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, guidance_distillation, mae, progressive, repa, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -27,6 +27,8 @@ OBJECTIVES: dict[str, Objective] = {
     "guidance_distillation": guidance_distillation.OBJECTIVE,
     "progressive_distillation": progressive.OBJECTIVE,
     "distribution_matching": dmd.OBJECTIVE,
+    "meanflow": flow_map.MEANFLOW,
+    "shortcut": flow_map.SHORTCUT,
     "diffusion_dpo": dpo.OBJECTIVE,
     "vae": vae.OBJECTIVE,
     "vae_gan": vae.GAN,

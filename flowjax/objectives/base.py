@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.config import ConfigError
-from flowjax.paths import Path
+from flowjax.paths import Path, expand
 
 # Arguments that the train step supplies; every other argument of a loss or rollout is a setting.
 GIVEN = ("nets", "batch", "key")
@@ -65,12 +65,19 @@ def same_meaning(found, wanted, where: str, what=("path", "prediction")):
 
 def drop_condition(net, cond, key, rate: float):
     """Replace each example's whole condition by the null condition with probability `rate` (2207.12598)."""
+    rows = next((len(v) for v in cond.values()), 0)
+    return drop_rows(net, cond, key, rate, rows)[0]
+
+
+def drop_rows(net, cond, key, rate: float, rows: int):
+    """(`drop_condition`'s result, which of the rows it replaced)."""
+    none = jnp.zeros(rows, bool)
     if rate == 0.0:
-        return cond
+        return cond, none
     if net.null is None:
         raise ConfigError("objective.label_drop > 0 needs a network with a null condition (model.num_classes > 0, or captions)")
     if not cond:
-        return cond
+        return cond, none
     null = net.null(cond)
-    drop = jax.random.bernoulli(key, rate, (next(iter(cond.values())).shape[0],))
-    return {k: jnp.where(drop.reshape((-1,) + (1,) * (v.ndim - 1)), null[k], v) for k, v in cond.items()}
+    drop = jax.random.bernoulli(key, rate, (rows,))
+    return {k: jnp.where(expand(drop, v), null[k], v) for k, v in cond.items()}, drop

@@ -25,6 +25,7 @@ SAMPLERS = {
     "dpmpp_2m": dpm.dpmpp_2m,
     "dpmpp_2m_sde": dpm.dpmpp_2m_sde,
     "renoise": few_step.renoise,
+    "flow_map": few_step.flow_map,
     "adaptive": adaptive.adaptive,
 }
 

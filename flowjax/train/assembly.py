@@ -285,7 +285,7 @@ class Run:
     def _added(self, name: str) -> tuple[str, ...]:
         """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
         found, wanted = self.loaded[name][0], self.target.params[name]
-        added = tuple(k for k in (layers.GUIDANCE,) if k in wanted and k not in found)
+        added = tuple(k for k in (layers.GUIDANCE, layers.STEP) if k in wanted and k not in found)
         same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
         return added
 
