@@ -49,7 +49,7 @@ def vae(shell, mnist_like):
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_gd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
-    mine |= {"digits_pd", "digits_reflow", "digits_dmd"}
+    mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut"}
     mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
@@ -126,7 +126,7 @@ def test_plan(shell):
     assert "--topology=v5e-16" in shell("tools.plan", f"--config={ROOT}/configs/digits.py", "--topology=v5e-16", code=2)
 
 
-@pytest.mark.parametrize("name", ["digits_ddpm", "digits_edm", "digits_ct"])
+@pytest.mark.parametrize("name", ["digits_ddpm", "digits_edm", "digits_ct", "digits_meanflow", "digits_shortcut"])
 def test_digits_by_other_roads(shell, name):
     shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={name}")
     check_workdir(shell.home / name)
