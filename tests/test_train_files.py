@@ -3,6 +3,8 @@
 import io
 import json
 import pathlib
+import subprocess
+import sys
 
 import fsspec
 import numpy as np
@@ -88,3 +90,27 @@ def test_clock_pictures_and_config_in_a_bucket(bucket):
         loop._claim(bucket, assembly.Run(tiny(seed=1)))
     with pytest.raises(ConfigError, match="gs://bucket/other is neither an export nor a workdir"):
         export.info_of("gs://bucket/other")
+
+
+HOLD = """
+import sys, time, pathlib
+from flowjax.train import files
+with files.owned(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_workdir_belongs_to_one_process_at_a_time(tmp_path):
+    """Two at once would overwrite each other's checkpoints and metrics; a killed one leaves the folder free."""
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"is being trained in by process {other.pid}"):
+            loop.run(tiny(steps=1), tmp_path)
+        assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "checkpoints").exists()
+    finally:
+        other.kill()
+        other.wait()
+    assert loop.run(tiny(steps=1), tmp_path) == 1
+    assert loop.run(tiny(steps=1), tmp_path) == 1  # freed at the end of a run, too

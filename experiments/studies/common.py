@@ -26,11 +26,15 @@ def config(name: str, arg: str = "", **changes) -> dict:
 
 
 def train(name: str, settings: dict) -> pathlib.Path:
-    """The workdir of a finished run of `settings` under --runs/<name>, trained now where it is not."""
+    """The workdir of a finished run of `settings` under --runs/<name>, trained now where it is not.
+
+    A run that is asked to stop ends the study: what comes next needs it whole.
+    """
     from flowjax.train import loop
 
     workdir = pathlib.Path(RUNS.value) / name
-    loop.run(settings, workdir)
+    if loop.run(settings, workdir) < settings["steps"]:
+        raise SystemExit(f"stopped on request in {workdir}; the same command goes on")
     return workdir
 
 

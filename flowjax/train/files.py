@@ -3,7 +3,11 @@
 A bucket has no appending and no cheap renaming, so what grows (metrics.jsonl) is kept in memory and written whole now and then.
 """
 
+import contextlib
+import os
 import pathlib
+
+from flowjax.config import ConfigError
 
 
 def remote(where) -> bool:
@@ -18,3 +22,30 @@ def path(where):
     from etils import epath
 
     return epath.Path(where)
+
+
+@contextlib.contextmanager
+def owned(workdir):
+    """A folder for as long as this process trains in it; ConfigError where another one does.
+
+    The operating system's lock on a file in it, which ends with the process however that ends. Buckets, and file systems that
+    cannot lock, are not guarded.
+    """
+    if remote(workdir):
+        yield
+        return
+    import fcntl
+
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(f"{workdir} is being trained in by process {file.read().strip() or 'unknown'}; wait until it has ended") from None
+        except OSError:  # no locks here
+            yield
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -59,6 +59,8 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     validate = _validation(this) if config["validation"]["every"] else None
     _check_best(config, lowered[this.pipeline.shape].out_info[1])
     _claim(workdir, this)
+    if main:
+        cleanup.enter_context(files.owned(workdir))
 
     # --- compile once, beside what follows; a step of any other shape would raise instead of compiling again
     compiler = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))
