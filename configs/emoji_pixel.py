@@ -9,7 +9,7 @@ In two stages of resolution, the first on a quarter of the tokens, its times shi
 
     python -m experiments.train --config=configs/emoji_pixel.py:32:data/emoji --workdir=runs/emoji_pixel_32
     python -m experiments.train --config=configs/emoji_pixel.py:data/emoji --workdir=runs/emoji_pixel \\
-        --config.roles.net.checkpoint=runs/emoji_pixel_32
+        --config.roles="{'net': {'checkpoint': 'runs/emoji_pixel_32'}}"
 
 Of 100 captions an independent judge finds the right one for 77 % of the images made from training captions and 62 % of those made from
 held-out ones (guidance 3, one seed: python -m experiments.studies.emoji --seeds=1; 73 minutes of training on one core).

@@ -378,7 +378,7 @@ def test_bad_calls(section, call, match):
     "change, match",
     [
         ({"name": "folder"}, "data.name = 'folder' is unknown; valid: array_record, checkerboard, digits"),
-        ({"flop": True}, "data.flop is unknown for array_record; valid: path, pad, resize, flip"),
+        ({"flop": True}, "data.flop is unknown for array_record; valid: path, size, pad, resize, flip"),
         ({"flip": 1}, "flip = 1 should be bool"),
         ({"pad": 5}, "pad = 5 is smaller"),
         ({"pad": -1}, "pad = -1"),

@@ -104,7 +104,7 @@ T2I = ("t2i_sd3_2b", "t2i_sd35_8b", "t2i_flux_12b")
 
 @pytest.mark.parametrize("name", T2I)
 def test_text_to_image_on_embeddings(shell, name):
-    if not (path := shell.home / "embedded").exists():
+    if not (path := shell.home / "t2i").exists():
         rng = np.random.default_rng(0)
         shapes = {"x": (8, 8, 4), "text": (6, 12), "pooled": (10,)}
         draw = lambda: {k: rng.standard_normal(v).astype(np.float16) for k, v in shapes.items()}  # noqa: E731

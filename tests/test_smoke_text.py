@@ -83,13 +83,13 @@ def test_pixels_from_prompts(shell, emoji):
 def test_two_stages_of_resolution(shell, emoji):
     """The second begins where the first ended, on more tokens."""
     shell("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:32:{emoji}", "--workdir=small")
-    later = ("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--config.steps=1")
-    shell(*later, "--config.roles.net.checkpoint=small", "--workdir=large")
-    shell(*later, "--workdir=fresh")
+    later = ("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--config.steps=1", "--config.seed=1")
+    shell(*later, "--config.roles={'net': {'checkpoint': 'small'}}", "--workdir=large")
     info = json.loads((shell.home / "small" / "config.json").read_text())
     assert info["shape"] == [32, 32, 3] and info["config"]["objective"]["time"]["shift"] == 0.5
-    small, large, fresh = (np.concatenate([v.ravel() for v in leaves(shell.home / name)]) for name in ("small", "large", "fresh"))
-    assert np.abs(large - small).max() < 0.1 * np.abs(fresh - small).max()
+    small, large = (np.concatenate([v.ravel() for v in leaves(shell.home / name)]) for name in ("small", "large"))
+    # One warming-up step from the other's weights; from its own seed it would have begun as far away as weights are large.
+    assert 0 < np.abs(large - small).max() < 0.01 < 0.1 < np.abs(small).max()
 
 
 def leaves(workdir):

@@ -69,7 +69,7 @@ def _shapes(cond) -> dict[str, tuple[int, ...]]:
 class _Part:
     """One source with its transforms: reads rows by number and finishes them as float batches."""
 
-    def __init__(self, section: Mapping[str, Any] | str, split: str, room: int = CACHE_BYTES):
+    def __init__(self, section: Mapping[str, Any] | str, split: str, room: int | None = None):
         name, settings = split_section(section, "data")
         source = lookup(SOURCES, name, "data.name")
         common, own = arguments(_Common), arguments(source, ("split",))
@@ -99,7 +99,7 @@ class _Part:
         count = self.manifest["count"]
         pixels, embeddings = self.numbers
         size = math.inf if count is None else count * (pixels * np.dtype(self.manifest["dtype"]).itemsize + 4 * embeddings)
-        self.cached = size if size <= room else 0  # bytes
+        self.cached = size if size <= (CACHE_BYTES if room is None else room) else 0  # bytes
         if self.cached:
             self._cache = self._load(np.arange(count))
             if self.tokenizer:  # a caption that does not fit is met now, not after hours

@@ -65,12 +65,11 @@ def same_meaning(found, wanted, where: str, what=("path", "prediction")):
 
 def drop_condition(net, cond, key, rate: float):
     """Replace each example's whole condition by the null condition with probability `rate` (2207.12598)."""
-    rows = next((len(v) for v in cond.values()), 0)
-    return drop_rows(net, cond, key, rate, rows)[0]
+    return drop_rows(net, cond, key, rate)[0]
 
 
-def drop_rows(net, cond, key, rate: float, rows: int):
-    """(`drop_condition`'s result, which of the rows it replaced)."""
+def drop_rows(net, cond, key, rate: float, rows: int = 0):
+    """(`drop_condition`'s result, which of the rows it replaced); rows: how many there are, where the condition may be empty."""
     none = jnp.zeros(rows, bool)
     if rate == 0.0:
         return cond, none
@@ -79,5 +78,5 @@ def drop_rows(net, cond, key, rate: float, rows: int):
     if not cond:
         return cond, none
     null = net.null(cond)
-    drop = jax.random.bernoulli(key, rate, (rows,))
+    drop = jax.random.bernoulli(key, rate, next(iter(cond.values())).shape[:1])
     return {k: jnp.where(expand(drop, v), null[k], v) for k, v in cond.items()}, drop
