@@ -37,7 +37,7 @@ def captions(info, count: int) -> list[str]:
 def main():
     runtime.setup()
     from flowjax import generate
-    from flowjax.config import ConfigError, keywords
+    from flowjax.config import ConfigError, split
     from flowjax.data import records
     from flowjax.train import export, generator
 
@@ -47,8 +47,8 @@ def main():
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
     chosen = sampling.options(info)
-    name, *rest = keywords(chosen["sampler"]).values()
-    if name not in MAPS or (name == "ddim" and any(rest)):
+    name, settings = split(chosen["sampler"], "sampler")
+    if name not in MAPS or settings.get("eta"):
         raise ConfigError(f"--sampler={chosen['sampler']} draws noise on the way, so that z does not decide x; valid: {', '.join(MAPS)}")
     count, seed = sampling.COUNT.value or info["config"]["sample"]["count"], max(0, sampling.SEED.value)
     make = generator.build(role, params, info, checkpoint, chosen, decode=False)

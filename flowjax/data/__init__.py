@@ -7,6 +7,7 @@
     toys.py      endless 2-D mixtures
     counter.py   random bits, and shuffled orders, that are functions of a position
     sources.py   name -> random access to examples
+    filters.py   what is left out of a data set
     text.py      captions -> token ids
     pipeline.py  sources -> batches
     latents.py   images and captions through frozen encoders, once  ->  records (tools/encode_latents.py is its command line)

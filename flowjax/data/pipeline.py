@@ -410,8 +410,8 @@ def pipeline(
 
     **Arguments:** `section` has the name of a source (flowjax.data.sources.SOURCES), its settings, and pad, resize, flip; or
     name "mixture" with `parts` (sections) and `weights`; or name "buckets" with the `path` of a data set whose images differ in
-    size: each batch is of one bucket, and every image is shown once before any of its bucket is shown again. `batch_size` is global; a process gets batch_size / process_count
-    rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch, without the
+    size: each batch is of one bucket, and every image is shown once before any of its bucket is shown again. `batch_size` is
+    global; a process gets batch_size / process_count rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch, without the
     rows that do not fill a batch. `start` is the number of the first batch.
 
     **Errors:** ConfigError for settings, DataError (one of them) for data.

@@ -239,8 +239,8 @@ class DiT(nn.Module):
     def __call__(self, x: jax.Array, t: jax.Array, cond: dict, train: bool = False, project: bool = False):
         """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C), t (B,) in [0, 1].
 
-        cond: "label" int (B,) where there are classes, "guidance" (B,) with guidance_embed, "step" (B,) with step_embed. With `project`, the pair of the
-        prediction and the projector's (B, H / patch, W / patch, features).
+        cond: "label" int (B,) where there are classes, "guidance" (B,) with guidance_embed, "step" (B,) with step_embed. With
+        `project`, the pair of the prediction and the projector's (B, H / patch, W / patch, features).
         """
         _, height, width, channels = x.shape
         self._check(height, width)

@@ -88,7 +88,7 @@ class JiT(nn.Module):
         """Prediction (B, H, W, out_channels) float32 for x (B, H, W, C) and t (B,) in [0, 1].
 
         cond: "label" int (B,) where there are classes, "tokens" int (B, L) where there is a text encoder, "guidance" (B,) with
-        guidance_embed.
+        guidance_embed, "step" (B,) with step_embed.
         With `project`, the pair of the prediction and the projector's (B, H / patch, W / patch, features).
         """
         _, height, width, channels = x.shape

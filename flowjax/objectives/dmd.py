@@ -8,8 +8,7 @@ Two networks are trained: the generator `net`, a few-step student, and `fake`, w
     L_fake = flow matching on sg(x)
 
 D is the x-prediction; D_fake - D_teacher is (b^2 / a) times the difference of the scores, so L_net follows the gradient of
-KL(p_fake,t || p_teacher,t). Without the norm the papers' factors of a and sigma differ; theirs agree with the code here on paths with
-a = 1 (DMD's eq. 8, the EDM branch). Guidance wraps the teacher and never the fake.
+KL(p_fake,t || p_teacher,t). Without the norm the papers' factors of a and sigma differ; they agree on paths with a = 1. Guidance wraps the teacher and never the fake.
 
 One step: tau = 1 and x_in = z. Several (DMD2 section 4.5): the student's own trajectory is simulated without gradient, each step
 followed by fresh noise, and every example takes one of its states (the authors draw one place for the whole batch). On couplings,

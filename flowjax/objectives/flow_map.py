@@ -5,13 +5,13 @@ u is the velocity itself, and all other samplers see that; sampler "flow_map" ta
 pair, of which the expectation is the flow's.
 
     MeanFlow: r <= t, step = t - r;  u, du = jvp(u, (x_t, t, step), (v, 1, 1))      r is held, so the step grows with t
-        L = E w ||u - sg(v - step du)||^2,  w = sg (||.||^2 + c)^-p,  the norm a sum over dimensions          (eq. 10, 22)
+        L = E w ||u - sg(v - step du)||^2,  w = sg (||.||^2 + c)^-p,  the norm a sum over dimensions
     shortcut: a share of the rows has a step d of 1, 1/2, ..., 1/finest, and t a multiple of it
-        u_1 = u~(x_t, t, d/2),  u_2 = u~(x_t - d/2 u_1, t - d/2, d/2),  L = E mean_dims ||u - sg (u_1 + u_2)/2||^2        (eq. 4)
+        u_1 = u~(x_t, t, d/2),  u_2 = u~(x_t - d/2 u_1, t - d/2, d/2),  L = E mean_dims ||u - sg (u_1 + u_2)/2||^2
         the others have step 0 and v; halves of the finest step are taken as such, where the authors have a step of their own
 
 u~ is the average `target`. Guidance is baked in: MeanFlow replaces v by scale v + (1 - scale - mix) u(., 0 | null) + mix u(., 0), an
-effective scale of scale / (1 - mix) (appendix B); shortcut models guide u_1 and u_2 of the finest step by CFG.
+effective scale of scale / (1 - mix); shortcut models guide u_1 and u_2 of the finest step by CFG.
 """
 
 import jax
@@ -35,6 +35,12 @@ def _share(name: str, value: float, n: int) -> int:
     if not 0 <= value <= 1:
         raise ConfigError(f"objective.{name} = {value} should be from 0 to 1")
     return round(n * value)
+
+
+def _metrics(square, step):
+    """Mean of `square` (B,) over the rows whose step is 0 (`flow`) and over the others (`map`)."""
+    part = lambda mask: jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)  # noqa: E731
+    return jax.lax.stop_gradient({"flow": part(step == 0), "map": part(step > 0)})
 
 
 def meanflow_rollout(nets, batch, key, *, time="uniform", same: float = 0.75, label_drop: float = 0.0):
@@ -72,10 +78,7 @@ def meanflow_loss(nets, batch, key, *, scale: float = 1.0, mix: float = 0.0, pow
     error = jnp.square(value - jax.lax.stop_gradient(v - expand(step, v) * rate))
     total = mean_dims(error) * error[0].size
     weight = jax.lax.stop_gradient((total + offset) ** -power) if power else 1.0
-    square = jax.lax.stop_gradient(mean_dims(error))
-    here = step == 0
-    part = lambda mask: jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)  # noqa: E731
-    return jnp.mean(weight * total), {"flow": part(here), "map": part(~here)}
+    return jnp.mean(weight * total), _metrics(mean_dims(error), step)
 
 
 def shortcut_rollout(nets, batch, key, *, time="uniform", bootstrap: float = 0.25, finest: int = 64, guidance: float = 1.0, label_drop: float = 0.0):
@@ -100,13 +103,13 @@ def shortcut_rollout(nets, batch, key, *, time="uniform", bootstrap: float = 0.2
     cond = {k: jnp.where(expand(jump, v), batch["cond"][k], v) for k, v in cond.items()}
     x_t = net.path.perturb(x, batch["z"], t)
     half, last = step / 2, count == finest
-    guided = cfg(target, guidance) if guidance != 1 else target
 
     def ask(x_t, t):
         plain = target(x_t, t, {**batch["cond"], "step": jnp.where(last, 0.0, half)})
         if guidance == 1:
             return plain
-        return jnp.where(expand(last, plain), guided(x_t, t, {**batch["cond"], "step": jnp.zeros_like(half)}), plain)
+        guided = cfg(target, guidance)(x_t, t, {**batch["cond"], "step": jnp.zeros_like(half)})
+        return jnp.where(expand(last, plain), guided, plain)
 
     first = ask(x_t, t)
     second = ask(x_t - expand(half, first) * first, t - half)
@@ -119,8 +122,7 @@ def shortcut_loss(nets, batch, key):
     """Regression on the goals. Metrics: the mean square where the step is 0 (`flow`) and where not (`map`)."""
     net, t, step = nets["net"], batch["t"], batch["cond"]["step"]
     square = mean_dims(jnp.square(net(flow_matching.noisy(net, batch), t, batch["cond"], key) - batch["goal"]))
-    part = lambda mask: jnp.sum(jnp.where(mask, square, 0.0)) / jnp.maximum(jnp.sum(mask), 1)  # noqa: E731
-    return jnp.mean(square), {"flow": part(step == 0), "map": part(step > 0)}
+    return jnp.mean(square), _metrics(square, step)
 
 
 MEANFLOW = Objective({"net": "trained"}, (Player("net", meanflow_loss),), meanflow_rollout, conditions={"step": ()})

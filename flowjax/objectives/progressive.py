@@ -13,7 +13,6 @@ the teacher's two. A student for N steps teaches that for N/2: `experiments.prog
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flowjax import predictions, times
 from flowjax.config import ConfigError, build, keywords
@@ -30,7 +29,7 @@ def ddim(model, x_t, t, s, cond):
 
 
 def implied(path, x_t, x_s, t, s):
-    """The x whose DDIM step takes x_t at t to x_s at s (2202.00512 appendix G)."""
+    """The x whose DDIM step takes x_t at t to x_s at s."""
     ratio = path.b(s) / path.b(t)
     return (x_s - expand(ratio, x_t) * x_t) / expand(path.a(s) - ratio * path.a(t), x_t)
 
@@ -49,7 +48,7 @@ def rollout(nets, batch, key, *, steps: int, grid="uniform", guidance="none"):
         teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
     # From where both networks determine the image.
     narrowest = min(net.prediction, teacher.prediction, key=lambda name: times.interval(net.path, name)[1])
-    edges = jnp.asarray(np.asarray(times.grid(2 * steps, net.path, prediction=narrowest, **keywords(grid))), jnp.float32)
+    edges = jnp.asarray(times.grid(2 * steps, net.path, prediction=narrowest, **keywords(grid)), jnp.float32)
     key_t, key_z = jax.random.split(key)
     x, cond = batch["x"], batch["cond"]
     j = 2 * jax.random.randint(key_t, x.shape[:1], 0, steps)

@@ -18,7 +18,7 @@ def renoise_step(model, x, t, s, key, carry):
 
 
 def flow_map_step(model, x, t, s, key, carry):
-    """x_s = x_t - (t - s) u(x_t, t, t - s), u the network's mean velocity over the step (MeanFlow 2505.13447 eq. 12)."""
+    """x_s = x_t - (t - s) u(x_t, t, t - s), u the network's mean velocity over the step (MeanFlow 2505.13447)."""
     if not model.step_embed or model.prediction != "velocity":
         raise ConfigError("sampler 'flow_map' needs a network of mean velocities: prediction 'velocity' and model.step_embed = True")
     h = t - s
