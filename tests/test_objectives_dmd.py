@@ -128,3 +128,11 @@ def test_refusals():
         objectives.build("distribution_matching").rollout(nets, batch, jax.random.key(0))
     with pytest.raises(ConfigError, match="objective.steps = 0"):
         objectives.build({"name": "distribution_matching", "steps": 0}).rollout({**nets, "teacher": nets["net"]}, batch, jax.random.key(0))
+
+
+def test_one_step_is_the_default_and_begins_at_pure_noise():
+    net = generator(3.0, 0.0)
+    batch = objectives.build("distribution_matching").rollout(
+        {"net": net, "fake": net, "teacher": net}, {"x": jnp.zeros((4000, 1)), "cond": {}}, jax.random.key(0)
+    )
+    assert (batch["tau"] == 1).all() and abs(batch["x_in"].mean()) < 0.1 and abs(batch["x_in"].std() - 1) < 0.05

@@ -212,3 +212,10 @@ def test_refusals(section, message):
         objectives.build(section).rollout(nets, {"x": jnp.zeros((4, 1)), "cond": {}}, jax.random.key(0))
     with pytest.raises(ConfigError, match="model.step_embed = True"):
         objectives.build(section["name"]).rollout({k: DATA.model(RF) for k in nets}, {"x": jnp.zeros((4, 1)), "cond": {}}, jax.random.key(0))
+
+
+def test_finest_step_may_be_the_whole_way():
+    batch = objectives.build({"name": "shortcut", "bootstrap": 1.0, "finest": 1}).rollout(
+        {"net": flow_map(), "target": flow_map()}, {"x": jnp.zeros((4, 1)), "cond": {}}, jax.random.key(0)
+    )
+    assert (batch["cond"]["step"] == 1).all() and (batch["t"] == 1).all()
