@@ -157,7 +157,8 @@ def test_a_run_accounts_for_its_time_over_a_kill(tmp_path):
     rows = clocked(run)
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     for row in rows:
-        assert row["goodput"] == pytest.approx(row["seconds/step"] / sum(phases(row).values()), rel=0.02)
+        # Rows hold milliseconds, and so few steps take few of them.
+        assert row["goodput"] * sum(phases(row).values()) == pytest.approx(row["seconds/step"], abs=2e-3) and row["seconds/step"] > 0
     sums = [sum(phases(row).values()) for row in rows]
     assert sums == sorted(sums)
 

@@ -1,12 +1,11 @@
 """Small studies with a published direction: prediction, time law, guidance scale, average length, sampler order.
 
-    python -m experiments.studies.ablations            (after experiments.studies.digits, whose teachers it measures)
+    python -m experiments.study ablations            (after experiments.study digits, whose teachers it measures)
 """
 
 import jax
 import numpy as np
 
-from experiments import shell
 from experiments.studies import common, digits
 from flowjax.train import runtime
 
@@ -127,7 +126,7 @@ def main():
     teachers = [digits.teacher(s) for s in seeds]
     text = [
         "# Ablations", "",
-        f"`python -m experiments.studies.ablations`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
+        f"`python -m experiments.study ablations`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
     ]  # fmt: skip
     sections = {
         "Sampler order: four Gaussians, exact velocity, float64, uniform grid from t = 1 to 0": orders,
@@ -139,7 +138,3 @@ def main():
     for i, (title, section) in enumerate(sections.items()):
         text += ["", f"## {title}", "", section()] + (["", pictures[i]] if i in pictures else [])
         common.page("ablations", "\n".join(text))  # after each section: the last one takes as long as all the others
-
-
-if __name__ == "__main__":
-    shell.run(main)

@@ -5,6 +5,8 @@ import functools
 import importlib
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 from absl import flags
@@ -46,9 +48,24 @@ def _generator(workdir, weights, steps, sampler, guidance):
     return generator.load(workdir, weights, {"steps": steps, "sampler": sampler, "guidance": section})
 
 
-def samples(workdir, labels, *, weights="ema", steps=25, sampler="heun", guidance=None, seed=0):
-    """(N, H, W, C) samples for labels (N,); guidance is a scale of classifier-free guidance or None."""
-    return _generator(workdir, weights, steps, sampler, guidance)({"label": labels}, len(labels), seed)
+def draw(workdir, cond, count, *, weights="ema", steps=25, sampler="heun", guidance=None, seed=0):
+    """(count, ...) samples for cond, {"label": (count,)} or {}; guidance is a scale of classifier-free guidance or None."""
+    return _generator(workdir, weights, steps, sampler, guidance)(cond, count, seed)
+
+
+def samples(workdir, labels, **options):
+    """`draw` for labels (N,)."""
+    return draw(workdir, {"label": labels}, len(labels), **options)
+
+
+def binary(module: str, *arguments: str, codes=(0,)):
+    """Run `python -m module arguments` as a user would, from the top of the repository; RuntimeError with its last words when it ends
+    with another exit code than `codes`."""
+    command = [sys.executable, "-m", module, *arguments]
+    print(" ".join(command[1:]), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent.parent)
+    if done.returncode not in codes:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 @functools.lru_cache(maxsize=2)

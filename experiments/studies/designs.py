@@ -1,9 +1,8 @@
 """Choices of design on digits, each at equal steps and without guidance unless said: does the published direction show?
 
-    python -m experiments.studies.designs          (finished runs are kept, so it goes on where it was stopped)
+    python -m experiments.study designs          (finished runs are kept, so it goes on where it was stopped)
 """
 
-from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
 
@@ -71,7 +70,7 @@ def main():
     seeds = range(common.SEEDS.value)
     text = [
         "# Designs", "",
-        f"`python -m experiments.studies.designs`: mean ± standard deviation over {len(seeds)} seeds; {STEPS} steps of batch 128 on digits, 1,000 samples,",
+        f"`python -m experiments.study designs`: mean ± standard deviation over {len(seeds)} seeds; {STEPS} steps of batch 128 on digits, 1,000 samples,",
         "Heun 25. FD ratio: Frechet distance of pixels to held-out digits, divided by that of the training digits.",
     ]  # fmt: skip
     for i, (title, (published, variants)) in enumerate(SECTIONS.items()):
@@ -92,7 +91,3 @@ def main():
              common.table("designs_drop", ["variant", "FD ratio", "class agreement %"], rows)]  # fmt: skip
     common.page("designs", "\n".join(text))
     return 0
-
-
-if __name__ == "__main__":
-    shell.run(main)

@@ -1,11 +1,10 @@
 """The figures of the README: digits teacher, one- and two-step student, preference tuning; means over seeds.
 
-    python -m experiments.studies.digits
+    python -m experiments.study digits
 """
 
 import numpy as np
 
-from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
 
@@ -38,7 +37,7 @@ def main():
     judge = results[0]["agreement"]["judge_accuracy"]
     text = [
         "# Digits", "",
-        f"`python -m experiments.studies.digits`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
+        f"`python -m experiments.study digits`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
         f"The judge is a scikit-learn SVM that scores {100 * judge:.1f} % on held-out digits. FD-pixels: Frechet distance of pixels",
         "to the 297 held-out digits; ratio: divided by that of the 1,500 training digits.", "",
         "## The teacher: rectified flow, 2,000 steps, Heun with 25 steps", "",
@@ -104,7 +103,3 @@ def main():
     text += ["", "Teacher (guidance 2, 25 steps), student (2 steps), reference and its tuned version (no guidance), same noise:", ""]
     text += [f"![{name}](digits_{name}.png)" for name in ("teacher", "student", "reference", "preferred")]
     common.page("digits", "\n".join(text))
-
-
-if __name__ == "__main__":
-    shell.run(main)

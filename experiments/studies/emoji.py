@@ -1,6 +1,6 @@
 """Text to image on emoji, without an autoencoder: does an independent network find the caption that was asked for?
 
-    python -m experiments.studies.emoji --data=data/emoji      (made as configs/emoji_pixel.py says)
+    python -m experiments.study emoji --data=data/emoji      (made as configs/emoji_pixel.py says)
 
 The judge is a pair of towers trained contrastively on the same images with a seed of its own; what it makes of real images,
 of the training and of the held-out split, stands beside what it makes of generated ones.
@@ -9,7 +9,6 @@ of the training and of the held-out split, stands beside what it makes of genera
 import numpy as np
 from absl import flags
 
-from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
 
@@ -60,7 +59,7 @@ def main():
     pictures.grid(x, common.HERE / "results" / "emoji.png", columns=len(PROMPTS))
     steps = make.info["config"]["steps"]
     text = [
-        "# Emoji from captions", "", f"`python -m experiments.studies.emoji`: mean ± standard deviation over {common.SEEDS.value} seed(s).",
+        "# Emoji from captions", "", f"`python -m experiments.study emoji`: mean ± standard deviation over {common.SEEDS.value} seed(s).",
         f"JiT on 64x64 pixels, patches of 8, {steps} steps of batch {make.info['config']['batch_size']}, no autoencoder, text encoder learned along;",
         f"25 Heun steps. Top-1: how often the judge finds the right one of {COUNT.value} captions; guessing scores {100 / COUNT.value:.1f} %.", "",
         common.table("emoji", ["images", "guidance", "top-1 %"], rows), "",
@@ -68,7 +67,3 @@ def main():
     ]  # fmt: skip
     common.page("emoji", "\n".join(text))
     return 0
-
-
-if __name__ == "__main__":
-    shell.run(main)

@@ -1,11 +1,10 @@
 """MNIST through the npz door: autoencoder, latent DiT, class agreement by an independent classifier.
 
-    python -m experiments.studies.mnist --data=data/mnist      (made by tools.prepare_data)
+    python -m experiments.study mnist --data=data/mnist      (made by tools.prepare_data)
 """
 
 from absl import flags
 
-from experiments import shell
 from experiments.studies import common
 from flowjax.train import runtime
 
@@ -45,13 +44,9 @@ def main():
         ])  # fmt: skip
     judge = results[0]["agreement"]["judge_accuracy"]
     text = [
-        "# MNIST", "", f"`python -m experiments.studies.mnist`: mean ± standard deviation over {common.SEEDS.value} seeds, 1,000 samples each.",
+        "# MNIST", "", f"`python -m experiments.study mnist`: mean ± standard deviation over {common.SEEDS.value} seeds, 1,000 samples each.",
         "", f"Autoencoder (f = 4, 8x8x4 latents): PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f} on 2,000 held-out images.",
         f"The judge is a scikit-learn SVM on PCA features that scores {100 * judge:.2f} % on held-out MNIST.", "",
         common.table("mnist", ["sampling", "class agreement %", "FD-pca", "FD-pca of train to held-out"], rows),
     ]  # fmt: skip
     common.page("mnist", "\n".join(text))
-
-
-if __name__ == "__main__":
-    shell.run(main)

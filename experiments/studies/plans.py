@@ -1,16 +1,13 @@
 """What pods would do: every config of paper scale compiled by XLA's TPU compiler, no TPU needed.
 
-    python -m experiments.studies.plans        (in an environment with the extra `plan`; about two minutes a row)
+    python -m experiments.study plans        (in an environment with the extra `plan`; about two minutes a row)
 
 Each row is one `python -m tools.plan`; its JSON is kept under <runs>/plans, delete a file to compile that row anew.
 """
 
 import json
 import pathlib
-import subprocess
-import sys
 
-from experiments import shell
 from experiments.studies import common
 
 # name -> (config, topology, batch size, other flags)
@@ -34,14 +31,10 @@ def planned(name, config, topology, batch, flags) -> dict:
     """The JSON of one plan, compiled now where it is not there."""
     file = pathlib.Path(common.RUNS.value) / "plans" / f"{name}.json"
     if not file.exists():
-        command = [
-            sys.executable, "-m", "tools.plan", f"--config=configs/{config}.py", f"--topology={topology}",
-            f"--config.batch_size={batch}", "--nosampler", f"--out={file}", *flags,
-        ]  # fmt: skip
-        print(" ".join(command[1:]), flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, cwd=common.HERE.parent.parent)
-        if not file.exists():
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        common.binary(
+            "tools.plan", f"--config=configs/{config}.py", f"--topology={topology}", f"--config.batch_size={batch}", "--nosampler",
+            f"--out={file.absolute()}", *flags, codes=(0, 1),  # 1: it does not fit
+        )  # fmt: skip
     return json.loads(file.read_text())
 
 
@@ -85,7 +78,7 @@ def main():
     head = ["", "topology", "batch", "mesh", "remat", "GiB a device", "operations executed / needed",
             "compute / memory / network, ms", "bound by", "MFU at most", "compile"]  # fmt: skip
     text = [
-        "# Plans", "", "`python -m experiments.studies.plans`: train steps as XLA compiles them for the pod that is named; nothing was run.",
+        "# Plans", "", "`python -m experiments.study plans`: train steps as XLA compiles them for the pod that is named; nothing was run.",
         "Times are rooflines: operations, bytes of memory traffic and bytes sent, each over the chip's published peak; the step takes at",
         "least the largest of the three. More operations than needed are recomputation, fewer are hidden in an attention kernel.", "",
         common.table("plans", head, rows), "",
@@ -95,7 +88,3 @@ def main():
     ]  # fmt: skip
     common.page("plans", "\n".join(text))
     return 0
-
-
-if __name__ == "__main__":
-    shell.run(main)

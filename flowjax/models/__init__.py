@@ -14,6 +14,7 @@ from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
 from flowjax.models.jit import JiT
 from flowjax.models.mae import MAE
+from flowjax.models.mixture import Mixture
 from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
@@ -37,6 +38,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "jit": JiT,
     "lpips": LPIPS,
     "mae": MAE,
+    "mixture": Mixture,
     "mlp": MLP,
     "mmdit": MMDiT,
     "patch_gan": PatchGAN,
