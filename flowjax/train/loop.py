@@ -8,6 +8,7 @@ import contextlib
 import json
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -70,7 +71,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     saver = checkpoint.Checkpoints(workdir / "checkpoints", **{k: v for k, v in config["checkpoint"].items() if k != "every"})
     cleanup.callback(saver.close)
     found = saver.restore(this.target)
-    window = {"rows": [], "done": 0}
+    window = {"rows": [], "done": 0, "drawn": time.monotonic()}
     saved, values = None, {}
     if found is None:
         state, first = this.fresh(), 0
@@ -110,10 +111,12 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
             say.flush()
             clock.keep(spent, saver.steps(), step)
 
-    def curves():
-        if main:
+    def curves(least: float = 0.0):
+        """Draw them unless that was done less than `least` seconds ago: it takes a second, in which the device rests."""
+        if main and time.monotonic() - window["drawn"] >= least:
             say.flush()
             pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
+            window["drawn"] = time.monotonic()
 
     def report(step, metrics, rates):
         """Read the metrics of a finished step; NonFinite names what went wrong. Nothing here may ask the device for more, which
@@ -178,7 +181,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
             if due["sample"]:
                 with clock.during("sample"):
                     draw(state, step)
-                    curves()
+                    curves(least=60.0)
             if due["checkpoint"]:
                 with clock.during("save"):
                     save(step)
