@@ -118,6 +118,8 @@ def test_dmd2_adds_the_weighted_term():
     fooling = np.log1p(np.exp(-2 * 0.25))  # x_t = 0.5 x_hat = 0.25
     np.testing.assert_allclose([value - plain, metrics["adversarial"]], [0.5 * fooling, fooling])
     assert metrics["gradient"] > 0
+    default, same = (players("distribution_matching_gan", **settings)["net"](nets, batch, None)[0] for settings in ({}, {"adversarial_weight": 3e-3}))
+    assert default == same
 
 
 def test_features_of_an_encoder_are_judged():
@@ -143,6 +145,9 @@ def test_draws(name):
     for v in drawn[:3]:
         assert abs(v.mean()) < 0.06 and abs(v.std() - 1) < 0.05
     assert np.unique(np.asarray(batch["tau"])).tolist() == [0.25, 0.5, 0.75, 1.0]
+    for settings, count in (({}, {NAMES[0]: 4, NAMES[1]: 1}[name]), ({"steps": 1}, 1)):
+        plain = objectives.build({"name": name, **settings}).rollout(nets, {"x": jnp.zeros((50, 1)), "cond": {}}, KEY)
+        assert len(np.unique(plain["tau"])) == count and plain["tau"].max() == 1
     if name == NAMES[0]:
         # The inputs are data, 2 everywhere, noised at tau.
         noise = (batch["x_in"][:, 0] - 2 * (1 - batch["tau"])) / batch["tau"]

@@ -68,6 +68,14 @@ def test_width_grows_with_the_dimensions():
     np.testing.assert_allclose(np.log(1 - b / 2) / np.log(1 - a / 2), 2**0.5 / 2, rtol=1e-5)
 
 
+def test_distances_below_the_floor_count_as_the_floor():
+    """One particle that stays where it is, 1/2 apart on both sides, and t - s = 1/2: k(y, y) is exp(-2 floor)."""
+    net = Model(lambda x, t, c, k: 0 * x, RF, "velocity", step_embed=True)
+    batch = given(1) | {"x": jnp.zeros((1, 1)), "z": jnp.full((1, 1), 5.0)}  # y = 3.5, y~ = 3
+    found = [loss(net, batch, particles=1, floor=floor)[1]["discrepancy"] for floor in (0.1, 0.6)]
+    np.testing.assert_allclose(found, [2 * np.exp(-0.2) - 2 * np.exp(-1.0), 0], atol=1e-12)
+
+
 @pytest.mark.parametrize("path", ["rectified", "trigonometric", "vp_cosine"])
 def test_weight_is_the_papers(path):
     path = paths.PATHS[path]()
@@ -146,8 +154,12 @@ def test_groups_share_their_times():
     assert (t >= r).all() and (r >= s).all() and s.min() >= 0.001 and t.max() <= 0.994
     many = rolled(40_000, particles=2)
     assert abs(many["t"].mean() - 0.4975) < 0.005 and abs(many["s"].mean() - 0.249) < 0.005
+    alone, plain = rolled(particles=1), rolled(time={"name": "uniform", "t_min": 0.001, "t_max": 0.994})
+    assert len(np.unique(alone["t"])) == 400
+    for k in ("t", "r", "s"):
+        np.testing.assert_array_equal(plain[k], rolled()[k])
     late = rolled(particles=2, time={"name": "uniform", "t_min": 0.5, "t_max": 0.75})
-    assert late["s"].min() >= 0.5 and 0.74 < late["t"].max() <= 0.75
+    assert (late["s"] <= late["t"]).all() and late["s"].min() >= 0.5 and 0.74 < late["t"].max() <= 0.75
 
 
 @pytest.mark.parametrize("path", [RF, paths.trigonometric()])

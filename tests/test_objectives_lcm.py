@@ -133,6 +133,7 @@ def test_defaults():
     given = {**draw(net, n=4), "cond": {"label": jnp.zeros(4, int), "guidance": jnp.ones(4)}, "t": jnp.full(4, 1e-4), "s": jnp.zeros(4)}
     nets = {"net": student(lambda x, t, w: 1 - x), "target": net, "teacher": labelled(lambda x, t: 0 * x, lambda x, t: 0 * x)}
     assert loss(nets, given)[0] == loss(nets, given, timestep_scaling=10_000.0, metric="l2", solver="ddim")[0]
+    assert loss(nets, given, metric="pseudo_huber")[0] == loss(nets, given, metric="pseudo_huber", huber=0.00054)[0]
 
 
 def test_refusals():

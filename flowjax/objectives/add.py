@@ -1,7 +1,7 @@
 """Adversarial diffusion distillation, ADD 2311.17042 and LADD 2403.12015: a few-step student against a discriminator.
 
     x_in = a x + b z of the data at one of the student's `steps` times tau;  x_hat = x-prediction of net(x_in, tau)
-    L_net           = L_fool(x_hat) + distill E a(t) mean_dims || x_hat - sg D_teacher(x_t) ||^2,   x_t = a sg(x_hat) + b z
+    L_net           = L_fool(x_hat) + distill E a(t) mean_dims || x_hat - sg D_teacher(x_t) ||^2,   x_t = a x_hat + b z
     L_discriminator = L_D(x, x_hat)                                                            (flowjax.objectives.adversarial)
 
 ADD has distill = 2.5 and judges clean images; LADD has no distillation term (distill = 0; roles.teacher is then left out) and
@@ -61,7 +61,7 @@ def student_loss(nets, batch, key, *, distill: float = 2.5, guidance="none", adv
         same_meaning(teacher, net, "roles.teacher", ("path",))
         if guidance != "none":
             teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
-        goal = teacher.get("x", net.path.perturb(jax.lax.stop_gradient(x), batch["z_t"], t), t, cond)
+        goal = teacher.get("x", net.path.perturb(x, batch["z_t"], t), t, cond)
         error = jnp.mean(net.path.a(t) * mean_dims(jnp.square(x - jax.lax.stop_gradient(goal))))
         value, metrics["distillation"] = value + distill * error, error
     elif guidance != "none":

@@ -35,7 +35,7 @@ def rollout(nets, batch, key, *, time="uniform"):
 
 
 def tangent(net, x_t, t, v, cond, key, warm):
-    """(y, g) of the header, y with its gradient; warm is r."""
+    """(y, g) of the header, y with its gradient and g without; warm is r."""
     path, ones = net.path, jnp.ones_like(t)
     y, dy = jax.jvp(lambda x_t, t: net(x_t, t, cond, key), (x_t, t), (v, ones))
     x_hat, z_hat = predictions.to_x_and_z(path, net.prediction, y, x_t, t)
@@ -69,7 +69,7 @@ def distillation_loss(nets, batch, key, *, guidance="none", warmup: int = 10_000
     if guidance != "none":
         teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
     v = teacher.get("velocity", flow_matching.noisy(net, batch), batch["t"], batch["cond"])
-    return _loss(nets, batch, key, jax.lax.stop_gradient(v), warmup, normalise, offset)
+    return _loss(nets, batch, key, v, warmup, normalise, offset)
 
 
 def training_loss(nets, batch, key, *, warmup: int = 10_000, normalise: bool = True, offset: float = 0.1):
