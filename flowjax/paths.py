@@ -84,6 +84,18 @@ class Path:
         """x_t = a x + b z for x, z of shape (B, ...) and t scalar or (B,)."""
         return expand(self.a(t), x) * x + expand(self.b(t), z) * z
 
+    def posterior_mean(self, x_t, x, t, s):
+        """E[x_s | x_t, x] for s < t, which DDPM (2006.11239 eq. 7) samples with x_hat for x: r (b_s/b_t)^2 x_t + (a_s V / b_t^2) x,
+        r = a_t/a_s, V = b_t^2 - r^2 b_s^2."""
+        ratio, b_t, b_s = self.a(t) / self.a(s), self.b(t), self.b(s)
+        on_x_t, on_x = ratio * (b_s / b_t) ** 2, self.a(s) * (b_t**2 - ratio**2 * b_s**2) / b_t**2
+        return expand(on_x_t, x_t) * x_t + expand(on_x, x) * x
+
+    def posterior_variance(self, t, s):
+        """Var[x_s | x_t, x] = (b_s/b_t)^2 (b_t^2 - (a_t/a_s)^2 b_s^2), s < t: DDPM's "fixed small" variance."""
+        ratio = self.a(t) / self.a(s)
+        return (self.b(s) / self.b(t)) ** 2 * jnp.maximum(self.b(t) ** 2 - (ratio * self.b(s)) ** 2, 0.0)
+
 
 def _derivative(f, t):
     t = as_time(t)

@@ -8,7 +8,7 @@ from nets import close, count, golden, random_arrays, randomise, shapes
 
 from flowjax.config import ConfigError
 from flowjax.interop import state_dict
-from flowjax.models.discriminator import PatchGAN
+from flowjax.models.discriminator import FeatureHead, PatchGAN
 
 SMALL = PatchGAN(channels=8, layers=2, groups=4)
 
@@ -122,3 +122,13 @@ def test_bad_settings_are_named(changes, size, message):
 
 def test_the_smallest_image_has_one_logit():
     assert jax.eval_shape(SMALL.init_with_output, jax.random.key(0), jnp.zeros((1, 12, 12, 3)))[0].shape == (1, 1, 1)
+
+
+def test_head_on_features_judges_each_place_by_itself():
+    """logits = w2 leaky(w1 f + b1) + b2, by hand."""
+    net, features = FeatureHead(hidden=5), jnp.asarray(np.random.RandomState(0).standard_normal((2, 3, 4, 6)), jnp.float32)
+    params = randomise(shapes(net, features))
+    assert count(net, features) == 6 * 5 + 5 + 5 + 1
+    h = features @ params["fc1"]["kernel"] + params["fc1"]["bias"]
+    wanted = (jnp.where(h > 0, h, 0.2 * h) @ params["fc2"]["kernel"] + params["fc2"]["bias"])[..., 0]
+    close(logits(params, features, net), wanted, 1e-5)

@@ -194,6 +194,136 @@ def distribution_matching():
     return loss, optimum, optimum + jnp.asarray([0.1, 0.05, -0.2, 0.1])
 
 
+def scm(name):
+    """The exact consistency function of data N(0.3, 1/4): training's tangent is 0 in expectation, distillation's everywhere."""
+    data = exact.gaussian([0.3], 0.25)
+    x, z, weights = quadrature.mixture_and_noise(exact.mixture([1.0], [0.3], [0.5]), 16)
+    player = objectives.build({"name": name, "warmup": 0, "normalise": False}).players[0]
+    consistent = Model(lambda x_t, t, cond, key: (x_t - data.consistency(RF, x_t, t)) / t[:, None], RF, "velocity")
+
+    def loss(theta):
+        nets = {"net": near(consistent, theta), "teacher": data.model(RF)}
+        return sum(
+            quadrature.expected(
+                lambda b: player.loss(nets, {**b, "step": 0}, None), {"x": x, "z": z, "t": jnp.full(len(x), t), "cond": {}}, weights
+            )
+            for t in (0.3, 0.7)
+        )
+
+    return loss, jnp.zeros(3), CURVE
+
+
+def latent_consistency():
+    """Data N(0, 1/4), guided by 2 against a velocity of 0, N = 4 intervals: f(x, t_i) = c_i x is the product of the teacher's steps."""
+    n, x = 4, jnp.asarray([[-0.5], [0.5]] * 4)
+    i = jnp.repeat(jnp.arange(n), 2)
+    cond = {"label": jnp.zeros(8, int), "guidance": jnp.full(8, 2.0)}
+    batch = {"x": x, "z": 2 * x, "t": (i + 1) / n, "s": i / n, "cond": cond}
+    player = objectives.build({"name": "latent_consistency", "timestep_scaling": 3.0}).players[0]
+    exact_velocity = exact.gaussian([0.0], 0.25).model(RF)
+    teacher = Model(
+        lambda x_t, t, cond, key: jnp.where(cond["label"][:, None] == 0, exact_velocity(x_t, t), 0.0), RF, "velocity",
+        lambda cond: {"label": jnp.ones_like(cond["label"])},
+    )  # fmt: skip
+
+    def student(k):
+        """x_hat = k_i x, of which c_i = c_skip + c_out k_i."""
+        return Model(lambda x_t, t, cond, key: k[jnp.round(t * n).astype(int) - 1][:, None] * x_t, RF, "x", guidance_embed=True)
+
+    far = 3.0 * np.arange(1, n + 1) / n
+    c_skip, c_out = 0.25 / (far**2 + 0.25), far / np.sqrt(far**2 + 0.25)
+    optimum = jnp.asarray((np.cumprod(1 - 2 * slope(np.arange(1, n + 1) / n) / n) - c_skip) / c_out)
+    nets = lambda k: {"net": student(k), "target": student(k), "teacher": teacher}  # noqa: E731
+    return lambda k: player.loss(nets(k), batch, None)[0], optimum, optimum + jnp.asarray([0.1, -0.1, 0.1, -0.1])
+
+
+def with_discriminator(name, mean, std, **settings):
+    """Data N(mean, std^2): a generator that makes them, a fake network that has their exact velocity, a discriminator that sees no
+    difference; each player's gradient alone. Of a fake network only one objective takes notice."""
+    t = 0.6
+    nodes, weights = quadrature.product(quadrature.normal(4), quadrature.normal(4))
+    z, noise = (jnp.asarray(v)[:, None] for v in nodes.T)
+    time = jnp.full(len(z), t)
+    batch = {"x": mean + std * z, "x_in": z, "tau": jnp.ones_like(time), "cond": {}}
+    batch |= {k: time for k in ("t", "fake_t", "gan_t")} | {k: noise for k in ("z_t", "fake_z", "gan_z", "gan_z_data")}
+    players = objectives.build({"name": name, "adversarial": "nonsaturating", **settings}).players
+    teacher = Model(lambda x, t, cond, key: mean + 0 * x, RF, "x") if std == 0 else exact.gaussian([mean], std**2).model(RF)
+    parts = {"net": slice(0, 2), "discriminator": slice(2, 4), "fake": slice(4, 6)}
+
+    def loss(theta):
+        def nets(own):
+            (m, s), (b, w), fake = (theta[part] if role == own else jax.lax.stop_gradient(theta[part]) for role, part in parts.items())
+            return {
+                "net": Model(lambda x, t, cond, key: m + s * x, RF, "x"),
+                "fake": Model(lambda x, t, cond, key: fake[0] + fake[1] * x, RF, "velocity"),
+                "teacher": teacher,
+                # Of the noisy image's second power as well, or a difference of spread would not show.
+                "discriminator": Model(None, RF, "velocity", project=lambda x, t, cond, key: (x, b * x + w * x**2)),
+            }
+
+        return sum(quadrature.expected(lambda b, p=p: p.loss(nets(p.role), b, None), batch, jnp.asarray(weights)) for p in players)
+
+    return loss
+
+
+def distribution_matching_gan():
+    loss = with_discriminator("distribution_matching_gan", 0.2, 0.5, normalise=False, adversarial_weight=0.3)
+    k = slope(0.6)
+    optimum = jnp.asarray([0.2, 0.5, 0.0, 0.0, -0.2 - k * 0.4 * 0.2, k])
+    return loss, optimum, optimum + jnp.asarray([0.1, 0.05, 0.2, 0.2, 0.1, -0.2])
+
+
+def adversarial_distillation():
+    """Data that are one point: where they vary, the teacher's mean is not a sample, and the two terms of ADD disagree."""
+    loss = with_discriminator("adversarial_distillation", 0.2, 0.0)
+    optimum = jnp.asarray([0.2, 0.0, 0.0, 0.0])
+    return loss, optimum, optimum + jnp.asarray([0.1, 0.1, 0.2, 0.2])
+
+
+def moment_matching():
+    """Data N(0.2, 1/4) in one step: the student 0.2 + z / 2 and an auxiliary that agrees with the teacher; each player's gradient alone."""
+    s, mean = 0.5, 0.2
+    nodes, weights = quadrature.product(quadrature.normal(4), quadrature.normal(4))
+    z, xi = (jnp.asarray(v)[:, None] for v in nodes.T)
+    ones = jnp.ones(len(z))
+    players = objectives.build("moment_matching").players
+
+    def loss(theta):
+        def nets(own):
+            m, k = theta[:2] if own == "net" else jax.lax.stop_gradient(theta[:2])
+            c, g = theta[2:] if own == "auxiliary" else jax.lax.stop_gradient(theta[2:])
+            return {
+                "net": Model(lambda x, t, cond, key: m + k * x, RF, "x"),
+                "auxiliary": Model(lambda x, t, cond, key: c + g * x, RF, "x"),
+                "teacher": exact.gaussian([mean], 0.25).model(RF),
+            }
+
+        x_s = jax.lax.stop_gradient(RF.perturb(theta[0] + theta[1] * z, xi, s))
+        batch = {"x_t": z, "x_s": x_s, "t": ones, "s": s * ones, "cond": {}}
+        return sum(quadrature.expected(lambda b, p=p: p.loss(nets(p.role), b, None), batch, jnp.asarray(weights)) for p in players)
+
+    # D of the data at s: mean + a / (4 V) (x_s - a mean), V = a^2 / 4 + s^2 = 5/16.
+    optimum = jnp.asarray([mean, 0.5, mean - 0.4 * 0.5 * mean, 0.4])
+    return loss, optimum, optimum + jnp.asarray([0.1, 0.05, 0.1, 0.1])
+
+
+def inductive_moment_matching():
+    """Pairs z = 2 x of data N(0, 1/4) lie on its flow, which they make straight: the exact map lands them at one point from t and r."""
+    x = jax.random.normal(jax.random.key(0), (16, 1)) / 2
+    batch = {"x": x, "z": 2 * x, "t": jnp.full(16, 0.8), "r": jnp.full(16, 0.6), "s": jnp.full(16, 0.2), "cond": {}}
+    std = lambda t: (1 + t) / 2  # noqa: E731
+
+    def loss(theta):
+        def apply(x_t, t, cond, key):
+            t, step = t[:, None], cond["step"][:, None]
+            return (1 - std(t - step) / std(t)) / step * x_t + theta[0] * x_t + theta[1] * t * step
+
+        return player.loss({"net": Model(apply, RF, "velocity", step_embed=True)}, batch, None)[0]
+
+    player = objectives.build({"name": "inductive_moment_matching", "particles": 8}).players[0]
+    return loss, jnp.zeros(2), jnp.asarray([0.1, -0.2])
+
+
 def guidance_distillation():
     """The optimum is u_0 + w (u_1 - u_0) of the exact velocities u_k of the data, with the condition and without."""
     random = np.random.RandomState(0)
@@ -351,6 +481,13 @@ CASES = {
     "consistency_training": consistency_training,
     "progressive_distillation": progressive_distillation,
     "distribution_matching": distribution_matching,
+    "latent_consistency": latent_consistency,
+    "scm_distillation": lambda: scm("scm_distillation"),
+    "scm_training": lambda: scm("scm_training"),
+    "moment_matching": moment_matching,
+    "inductive_moment_matching": inductive_moment_matching,
+    "distribution_matching_gan": distribution_matching_gan,
+    "adversarial_distillation": adversarial_distillation,
     "meanflow": meanflow,
     "shortcut": shortcut,
     "guidance_distillation": guidance_distillation,

@@ -153,3 +153,13 @@ def test_expand():
     x = jnp.zeros((3, 2, 2))
     assert paths.expand(0.5, x).shape == ()
     assert paths.expand(jnp.ones(3), x).shape == (3, 1, 1)
+
+
+def test_posterior_is_that_of_a_markov_chain(path):
+    """x_s and x_t given x are jointly Gaussian with covariance (a_t / a_s) b_s^2: conditioning says the rest."""
+    t, s = jnp.asarray([0.9, 0.5]), jnp.asarray([0.3, 0.45])
+    x_t, x = jnp.asarray([[0.7], [-1.2]]), jnp.asarray([[0.4], [2.0]])
+    (a_t, b_t), (a_s, b_s) = ((path.a(v)[:, None], path.b(v)[:, None]) for v in (t, s))
+    covariance = a_t / a_s * b_s**2
+    np.testing.assert_allclose(path.posterior_mean(x_t, x, t, s), a_s * x + covariance / b_t**2 * (x_t - a_t * x), rtol=1e-9)
+    np.testing.assert_allclose(path.posterior_variance(t, s)[:, None], b_s**2 - covariance**2 / b_t**2, rtol=1e-9)

@@ -50,6 +50,7 @@ def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_gd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
     mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut"}
+    mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
     mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
@@ -126,7 +127,7 @@ def test_plan(shell):
     assert "--topology=v5e-16" in shell("tools.plan", f"--config={ROOT}/configs/digits.py", "--topology=v5e-16", code=2)
 
 
-@pytest.mark.parametrize("name", ["digits_ddpm", "digits_edm", "digits_ct", "digits_meanflow", "digits_shortcut"])
+@pytest.mark.parametrize("name", ["digits_ddpm", "digits_edm", "digits_ct", "digits_meanflow", "digits_shortcut", "digits_imm"])
 def test_digits_by_other_roads(shell, name):
     shell("experiments.train", f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={name}")
     check_workdir(shell.home / name)
@@ -151,6 +152,28 @@ def test_digits_consistency(shell, digits):
         f"--config.roles.teacher.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
     )  # fmt: skip
     check_workdir(shell.home / "cd")
+
+
+def test_digits_continuous_consistency(shell, digits):
+    train = ("experiments.train", f"--config={ROOT}/configs/digits_scm.py:smoke", "--workdir=scm")
+    shell(*train, f"--config.roles.teacher.checkpoint={digits}")
+    check_workdir(shell.home / "scm")
+
+
+def test_digits_latent_consistency(shell, digits):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_lcm.py:smoke", "--workdir=lcm",
+        f"--config.roles.teacher.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "lcm")
+    assert "net, not in its checkpoint: g_embed" in (shell.home / "lcm/card.txt").read_text()
+
+
+def test_digits_moment_matching(shell, digits):
+    roles = [f"--config.roles.{name}.checkpoint={digits}" for name in ("net", "auxiliary", "teacher")]
+    shell("experiments.train", f"--config={ROOT}/configs/digits_moment.py:smoke", "--workdir=moment", *roles)
+    seen = [row for row in rows(shell.home / "moment") if "auxiliary/loss" in row]
+    assert len(seen) == 4 and all(isinstance(row["net/loss"], float) for row in seen) and list((shell.home / "moment/samples").glob("*.png"))
 
 
 def test_digits_guidance_distillation(shell, digits):
@@ -205,6 +228,21 @@ def test_digits_distribution_matching(shell, digits):
     assert [isinstance(row["net/loss"], float) for row in seen] == [True, False, True, False]  # roles.net.every = 2
 
 
+def test_digits_against_a_discriminator(shell, digits):
+    roles = [f"--config.roles.{name}.checkpoint={digits}" for name in ("net", "fake", "teacher", "discriminator")]
+    shell("experiments.train", f"--config={ROOT}/configs/digits_dmd2.py:smoke", "--workdir=dmd2", *roles)
+    seen = [row for row in rows(shell.home / "dmd2") if "fake/loss" in row]
+    assert len(seen) == 4 and all(isinstance(row["discriminator/loss"], float) for row in seen)
+    assert "discriminator, not in its checkpoint: projector" in (shell.home / "dmd2/card.txt").read_text()
+
+
+def test_digits_adversarial(shell, digits):
+    """LADD; ADD is where there is an encoder, in test_digits_repa."""
+    roles = [f"--config.roles.{name}.checkpoint={digits}" for name in ("net", "discriminator")]
+    shell("experiments.train", f"--config={ROOT}/configs/digits_add.py:smoke:latent", "--workdir=ladd", *roles)
+    assert len([row for row in rows(shell.home / "ladd") if "net/loss" in row]) == 4 and list((shell.home / "ladd/samples").glob("*.png"))
+
+
 def test_digits_dpo(shell, digits):
     shell("tools.make_pairs", f"--checkpoint={digits}", "--out=pairs", "--pairs=20", "--candidates=2", "--steps=2")
     shell(
@@ -248,6 +286,9 @@ def test_digits_repa(shell, digits):
     check_workdir(shell.home / "repa")
     cosines = [row["alignment"] for row in rows(shell.home / "repa") if "alignment" in row]
     assert [c != 0 for c in cosines] == [True, True, False, False]  # objective.stop = 2
+    add = ("experiments.train", f"--config={ROOT}/configs/digits_add.py:smoke:features", "--workdir=add_features", "--config.roles.encoder.checkpoint=mae")
+    shell(*add, *[f"--config.roles.{name}.checkpoint={digits}" for name in ("net", "teacher")])
+    assert all(isinstance(row["discriminator/loss"], float) for row in rows(shell.home / "add_features") if "net/loss" in row)
     shell("experiments.sample", "--checkpoint=repa", "--out=repa/out", "--count=4")
     plain = ("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=bad", "--config.objective={'name': 'repa'}")
     said = shell(*plain, "--config.roles={'encoder': {'checkpoint': 'mae'}}", code=2)

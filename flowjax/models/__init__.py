@@ -8,7 +8,7 @@ import flax.linen as nn
 
 from flowjax.config import ConfigError, check, lookup, split
 from flowjax.models.classifier import Classifier
-from flowjax.models.discriminator import PatchGAN
+from flowjax.models.discriminator import FeatureHead, PatchGAN
 from flowjax.models.clip import CLIP, CLIPText, CLIPVision
 from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
@@ -34,6 +34,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "clip_text": CLIPText,
     "clip_vision": CLIPVision,
     "dit": DiT,
+    "feature_head": FeatureHead,
     "flux": Flux,
     "jit": JiT,
     "lpips": LPIPS,

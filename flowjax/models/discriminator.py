@@ -1,15 +1,17 @@
-"""The patch discriminator of pix2pix (1611.07004, section 3.2.2), as VQGAN and latent diffusion train their autoencoders against.
+"""Discriminators: that of patches of pix2pix (1611.07004, section 3.2.2), as VQGAN and latent diffusion train their autoencoders
+against, and a head on another network's features.
 
-Each logit judges one patch of the image: with three layers, 70 x 70 pixels every 8 pixels. The papers use batch normalisation,
+PatchGAN: each logit judges one patch of the image: with three layers, 70 x 70 pixels every 8 pixels. The papers use batch normalisation,
 whose statistics tie an example's logits to the rest of its batch; here each example is normalised by itself, so that neither
 sharding nor gradient accumulation changes a logit. The number of parameters is the same.
 """
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from flowjax.config import ConfigError
-from flowjax.models.layers import Conv, GroupNorm, normal
+from flowjax.models.layers import Conv, GroupNorm, Linear, normal
 from flowjax.models.resblock import constrain_image
 
 
@@ -48,3 +50,21 @@ class PatchGAN(nn.Module):
             h = conv(h, self.channels * min(2**i, 8), f"conv_{i}", 2 if i < self.layers else 1, bias=not normed, dtype=self.dtype)
             h = nn.leaky_relu(GroupNorm(self.groups, 1e-5, self.dtype, name=f"norm_{i}")(h) if normed else h, 0.2)
         return conv(h, 1, "logits", 1, axes=("conv_in", "small"))[..., 0]
+
+
+class FeatureHead(nn.Module):
+    """Two linear maps with LeakyReLU(0.2) between, of each place by itself, for features of a frozen encoder (ADD 2311.17042).
+
+    Fields: hidden size; dtype of the products.
+    """
+
+    hidden: int = 256
+    dtype: str = "float32"
+
+    kind = "discriminator"
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Logits (B, rows, columns) float32, high for data, of an image's features (B, rows, columns, F)."""
+        h = nn.leaky_relu(Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(features), 0.2)
+        return Linear(1, ("mlp", "small"), name="fc2")(h.astype(jnp.promote_types(h.dtype, jnp.float32)))[..., 0]

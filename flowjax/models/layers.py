@@ -24,6 +24,7 @@ lecun = nn.initializers.lecun_normal()
 
 GUIDANCE = "g_embed"  # the parameters of an embedded scale of guidance
 STEP = "s_embed"  # and of an embedded step
+PROJECTOR = "projector"  # and of the head that reads a hidden state
 
 
 def normal(std: float) -> Callable:

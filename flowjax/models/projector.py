@@ -47,4 +47,4 @@ def build(section, depth: int, dtype: str) -> Projector:
     fields = config.check(Projector, section, "model.projector", given=("parent", "name", "dtype"))
     if not 1 <= fields["layer"] <= depth:
         raise config.ConfigError(f"model.projector.layer = {fields['layer']}; valid: 1 to {depth}")
-    return Projector(**fields, dtype=dtype, name="projector")
+    return Projector(**fields, dtype=dtype, name=L.PROJECTOR)

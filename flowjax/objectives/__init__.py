@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, guidance_distillation, mae, progressive, repa, vae
+from flowjax.objectives import add, classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, guidance_distillation
+from flowjax.objectives import imm, lcm, mae, moment, progressive, repa, scm, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -24,9 +25,16 @@ OBJECTIVES: dict[str, Objective] = {
     "mae": mae.OBJECTIVE,
     "consistency_distillation": consistency.DISTILLATION,
     "consistency_training": consistency.TRAINING,
+    "latent_consistency": lcm.OBJECTIVE,
+    "scm_distillation": scm.DISTILLATION,
+    "scm_training": scm.TRAINING,
     "guidance_distillation": guidance_distillation.OBJECTIVE,
     "progressive_distillation": progressive.OBJECTIVE,
     "distribution_matching": dmd.OBJECTIVE,
+    "distribution_matching_gan": dmd.GAN,
+    "adversarial_distillation": add.OBJECTIVE,
+    "moment_matching": moment.OBJECTIVE,
+    "inductive_moment_matching": imm.OBJECTIVE,
     "meanflow": flow_map.MEANFLOW,
     "shortcut": flow_map.SHORTCUT,
     "diffusion_dpo": dpo.OBJECTIVE,
@@ -47,6 +55,7 @@ class BoundObjective(NamedTuple):
     whole: bool = False
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}
+    reads: Mapping[str, str] = {}
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
@@ -64,7 +73,7 @@ def bind(objective: Objective, settings: Mapping, where: str = "objective") -> B
     players = tuple(p._replace(loss=fill(p.loss), measure=p.measure and fill(p.measure)) for p in objective.players)
     rollout = fill(objective.rollout) if objective.rollout else lambda nets, batch, key: batch
     return BoundObjective(
-        objective.roles, players, rollout, objective.kinds, objective.whole, objective.coupled, objective.conditions
+        objective.roles, players, rollout, objective.kinds, objective.whole, objective.coupled, objective.conditions, objective.reads
     )
 
 

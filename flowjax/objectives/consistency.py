@@ -25,7 +25,9 @@ from flowjax.paths import expand
 
 
 def ode_step(model, x_t, t, s, solver: str):
-    """One step of the probability-flow ODE from t to s, both (B,): "euler" or "heun" (Euler where s is beyond the model's times)."""
+    """One step of the probability-flow ODE from t to s, both (B,): "euler", "heun" (Euler where s is beyond the model's times) or "ddim"."""
+    if solver == "ddim":
+        return model.path.perturb(*model.x_and_z(x_t, t), s)
     h = expand(t - s, x_t)
     k1 = model.get("velocity", x_t, t)
     if solver == "euler":
@@ -34,7 +36,7 @@ def ode_step(model, x_t, t, s, solver: str):
         lowest = times.interval(model.path, model.prediction)[0]
         k2 = model.get("velocity", x_t - h * k1, s)
         return x_t - h * (k1 + jnp.where(expand(s >= lowest, x_t), k2, k1)) / 2
-    raise ConfigError(f"objective.solver = {solver!r} is unknown; valid: euler, heun")
+    raise ConfigError(f"objective.solver = {solver!r} is unknown; valid: euler, heun, ddim")
 
 
 def boundary(net):

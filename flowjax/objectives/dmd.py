@@ -1,4 +1,4 @@
-"""Distribution matching distillation, DMD 2311.18828 and DMD2 2405.14867, without its GAN term, for any path and prediction.
+"""Distribution matching distillation, DMD 2311.18828 and DMD2 2405.14867, for any path and prediction.
 
 Two networks are trained: the generator `net`, a few-step student, and `fake`, which learns the flow of what the generator makes now.
 
@@ -14,6 +14,13 @@ One step: tau = 1 and x_in = z. Several (DMD2 section 4.5): the student's own tr
 followed by fresh noise, and every example takes one of its states (the authors draw one place for the whole batch). On couplings,
 `regression` adds DMD's mean_dims || net(z, 1) - x ||^2 of the pair. Both networks are meant to begin as the teacher; roles.net.every = 5
 is DMD2's pace. Sample the student with sampler "renoise" and `steps` steps.
+
+`distribution_matching_gan` adds DMD2's third player, a discriminator of what the generator makes and the data (flowjax.objectives.adversarial):
+
+    L_net += adversarial_weight L_fool            L_discriminator = L_D            both at times of their own
+
+The authors' is a head on the features of their fake network and trained with it; here it is a network of its own, which may begin as the
+teacher too.
 """
 
 import jax
@@ -23,6 +30,7 @@ from flowjax import times
 from flowjax.config import ConfigError, build, keywords
 from flowjax.guidance import GUIDANCE
 from flowjax.objectives import flow_matching
+from flowjax.objectives.adversarial import discriminating, fooling, noises
 from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
 from flowjax.paths import expand
 
@@ -70,6 +78,11 @@ def fake_loss(nets, batch, key, *, fake_weight="none"):
 
 def generator_loss(nets, batch, key, *, guidance="none", normalise: bool = True, regression: float = 0.0):
     """The generator's loss. Metrics: the norm of g per dimension, and the error of the regression."""
+    return _matched(nets, batch, key, guidance, normalise, regression)[:2]
+
+
+def _matched(nets, batch, key, guidance, normalise, regression):
+    """(loss, metrics, x)."""
     net, fake, teacher, cond, t = nets["net"], nets["fake"], nets["teacher"], batch["cond"], batch["t"]
     if guidance != "none":
         teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
@@ -92,10 +105,34 @@ def generator_loss(nets, batch, key, *, guidance="none", normalise: bool = True,
         value, metrics["regression"] = value + regression * error, error
     elif "z" in batch:
         raise ConfigError("the data are couplings, which this objective uses with objective.regression > 0 only")
-    return value, metrics
+    return value, metrics, x
+
+
+def gan_rollout(nets, batch, key, *, steps: int = 1, grid="uniform", time="uniform", fake_time="uniform", gan_time=None):
+    """`rollout`, and what the discriminator's images are noised by; gan_time: a section of flowjax.times, by default uniform."""
+    key, key_gan = jax.random.split(key)
+    batch = rollout(nets, batch, key, steps=steps, grid=grid, time=time, fake_time=fake_time)
+    return batch | noises(nets, batch["x"], key_gan, gan_time)
+
+
+def gan_generator_loss(nets, batch, key, *, guidance="none", normalise: bool = True, regression: float = 0.0,
+                       adversarial: str = "nonsaturating", adversarial_weight: float = 3e-3):
+    """The generator's loss with L_fool, which is metric `adversarial`."""
+    value, metrics, x = _matched(nets, batch, key, guidance, normalise, regression)
+    adversary = fooling(nets, batch, x, adversarial)
+    return value + adversarial_weight * adversary, {**metrics, "adversarial": adversary}
+
+
+def discriminator_loss(nets, batch, key, *, adversarial: str = "nonsaturating"):
+    """The discriminator's loss. Metrics: the mean logits of data and of what is made."""
+    return discriminating(nets, batch, key, adversarial)
 
 
 OBJECTIVE = Objective(
     {"net": "trained", "fake": "trained", "teacher": "frozen"}, (Player("fake", fake_loss), Player("net", generator_loss)), rollout,
     coupled=True,
+)  # fmt: skip
+GAN = Objective(
+    {**OBJECTIVE.roles, "discriminator": "trained"},
+    (Player("fake", fake_loss), Player("discriminator", discriminator_loss), Player("net", gan_generator_loss)), gan_rollout, coupled=True,
 )  # fmt: skip

@@ -25,7 +25,8 @@ from flowjax.objectives.base import Objective, Player, drop_condition, drop_rows
 from flowjax.paths import expand
 
 
-def _check(net):
+def check(net):
+    """Refuse networks that do not answer with mean velocities."""
     if not net.step_embed or net.prediction != "velocity":
         raise ConfigError("flow maps are networks with model.step_embed = True and prediction 'velocity'")
 
@@ -46,7 +47,7 @@ def _metrics(square, step):
 def meanflow_rollout(nets, batch, key, *, time="uniform", same: float = 0.75, label_drop: float = 0.0):
     """Draw t and r, the larger and the smaller of two times of the law `time`; in the share `same` of the rows r = t."""
     net, n = nets["net"], len(batch["x"])
-    _check(net)
+    check(net)
     key, key_r, key_drop = jax.random.split(key, 3)
     batch = flow_matching.rollout(nets, batch, key, time=time)
     other = times.draw(key_r, n, net.path, prediction=net.prediction, **keywords(time))
@@ -87,7 +88,7 @@ def shortcut_rollout(nets, batch, key, *, time="uniform", bootstrap: float = 0.2
     bootstrap: the share of those rows; finest: steps of 1/finest are the smallest that are learned; guidance: scale of CFG.
     """
     net, target, x = nets["net"], nets["target"], batch["x"]
-    _check(net)
+    check(net)
     if finest < 1 or finest & (finest - 1):
         raise ConfigError(f"objective.finest = {finest} should be a power of two")
     key, key_d, key_t, key_drop = jax.random.split(key, 4)

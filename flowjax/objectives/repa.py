@@ -26,7 +26,7 @@ def spatial_norm(y, gamma: float = 1.0):
 TARGETS = {"tokens": lambda y: y, "spatial_norm": spatial_norm}
 
 
-def features(encoder, image, resize: float, target):
+def features(encoder, image, resize: float = 1.0, target="tokens"):
     """Targets (B, rows, columns, F) of images (B, H, W, C): the encoder's tokens on their grid."""
     batch, height, width, channels = image.shape
     if resize != 1.0:

@@ -25,14 +25,10 @@ from flax import traverse_util
 from flowjax.config import ConfigError, lookup
 from flowjax.models import perceptual
 from flowjax.models.vae import kl
+from flowjax.objectives.adversarial import adversary, judging
 from flowjax.objectives.base import Objective, Player, mean_dims
 
 RECONSTRUCTIONS = {"l1": jnp.abs, "l2": jnp.square}
-# name -> (loss of the generator by the logits of its images, losses of the discriminator by logits of data and of such images)
-ADVERSARIES = {
-    "hinge": (lambda fake: -fake, lambda real: jax.nn.relu(1.0 - real), lambda fake: jax.nn.relu(1.0 + fake)),
-    "nonsaturating": (lambda fake: jax.nn.softplus(-fake), lambda real: jax.nn.softplus(-real), jax.nn.softplus),
-}
 
 
 def rollout(nets, batch, key):
@@ -101,7 +97,7 @@ def last_gradients(nets, batch, key, *, reconstruction: str = "l1", perceptual_w
     kernel, placed = last_layer(nets["net"])
     latent = encoded(nets["net"], batch, sample)[0]
     x_hat, by_kernel = jax.vjp(lambda kernel: placed(kernel).decode(latent), kernel)
-    fool = lookup(ADVERSARIES, adversarial, "objective.adversarial")[0]
+    fool = adversary(adversarial).fool
     terms = {
         "reconstruction": lambda x_hat: jnp.mean(errors(nets, batch["x"], x_hat, reconstruction, perceptual_weight)[0]),
         "adversarial": lambda x_hat: jnp.mean(fool(nets["discriminator"](x_hat))),
@@ -118,13 +114,13 @@ def generator_loss(nets, batch, key, *, reconstruction: str = "l1", kl_weight: f
     """
     del key
     value, metrics, x_hat = _with_image(nets, batch, reconstruction, kl_weight, perceptual_weight, sample)
-    adversary = jnp.mean(lookup(ADVERSARIES, adversarial, "objective.adversarial")[0](nets["discriminator"](x_hat)))
+    fooling = jnp.mean(adversary(adversarial).fool(nets["discriminator"](x_hat)))
     weight = adversarial_weight
     if adaptive:
         rec, adv = (jnp.sqrt(jnp.sum(jnp.square(batch["measured"][k]))) for k in ("reconstruction", "adversarial"))
         weight = weight * jnp.clip(batch["x"][0].size * rec / (adv + 1e-4), 0.0, max_weight)
     weight = jnp.where(batch["step"] >= start, weight, 0.0)
-    return value + weight * adversary / batch["x"][0].size, {**metrics, "adversarial": adversary, "adversarial_weight": weight}
+    return value + weight * fooling / batch["x"][0].size, {**metrics, "adversarial": fooling, "adversarial_weight": weight}
 
 
 def discriminator_loss(nets, batch, key, *, sample: bool = True, adversarial: str = "hinge", start: int = 50_001):
@@ -133,8 +129,7 @@ def discriminator_loss(nets, batch, key, *, sample: bool = True, adversarial: st
     x_hat = jax.lax.stop_gradient(nets["net"].decode(encoded(nets["net"], batch, sample)[0]))
     # Two calls: networks with statistics of the batch would otherwise see both kinds in one.
     real, fake = (nets["discriminator"](v) for v in (batch["x"], x_hat))
-    _, of_real, of_fake = lookup(ADVERSARIES, adversarial, "objective.adversarial")
-    value = 0.5 * (jnp.mean(of_real(real)) + jnp.mean(of_fake(fake)))
+    value = 0.5 * judging(adversarial, real, fake)[0]
     return jnp.where(batch["step"] >= start, value, 0.0), {"real": jnp.mean(real), "fake": jnp.mean(fake)}
 
 

@@ -18,27 +18,21 @@ def ddim_step(model, x, t, s, key, carry, *, eta=0.0, clip=None):
     x_hat, z_hat = _clipped(model, x, t, clip)
     if not eta:
         return path.a(s) * x_hat + path.b(s) * z_hat, carry
-    k = eta * jnp.sqrt(posterior_variance(path, t, s))
+    k = eta * jnp.sqrt(path.posterior_variance(t, s))
     rest = jnp.sqrt(jnp.maximum(path.b(s) ** 2 - k**2, 0.0))
     return path.a(s) * x_hat + rest * z_hat + jnp.where(is_last(path, s), 0.0, k) * normal(key, x), carry
 
 
 def ancestral_step(model, x, t, s, key, carry, *, variance="small", clip=None):
-    """A draw from q(x_s | x_t, x_hat): mean r (b_s/b_t)^2 x_t + (a_s V / b_t^2) x_hat, r = a_t/a_s, V = b_t^2 - r^2 b_s^2."""
+    """A draw from q(x_s | x_t, x_hat), or from as wide a law as the forward transition's."""
     path = model.path
     x_hat, _ = _clipped(model, x, t, clip)
-    ratio, b_t, b_s = path.a(t) / path.a(s), path.b(t), path.b(s)
-    transition = b_t**2 - ratio**2 * b_s**2
-    mean = ratio * (b_s / b_t) ** 2 * x + path.a(s) * transition / b_t**2 * x_hat
-    wanted = posterior_variance(path, t, s) if variance == "small" else transition
+    if variance == "small":
+        wanted = path.posterior_variance(t, s)
+    else:
+        wanted = path.b(t) ** 2 - (path.a(t) / path.a(s) * path.b(s)) ** 2
     std = jnp.where(is_last(path, s), 0.0, jnp.sqrt(jnp.maximum(wanted, 0.0)))
-    return mean + std * normal(key, x), carry
-
-
-def posterior_variance(path, t, s):
-    """Var[x_s | x_t, x] = (b_s/b_t)^2 (b_t^2 - (a_t/a_s)^2 b_s^2): DDPM's "fixed small" variance."""
-    ratio = path.a(t) / path.a(s)
-    return (path.b(s) / path.b(t)) ** 2 * jnp.maximum(path.b(t) ** 2 - (ratio * path.b(s)) ** 2, 0.0)
+    return path.posterior_mean(x, x_hat, t, s) + std * normal(key, x), carry
 
 
 def _clipped(model, x, t, clip):

@@ -12,6 +12,7 @@ from flowjax.config import ConfigError, bind, keywords, lookup
 from flowjax.data import latents
 from flowjax.data.pipeline import pipeline
 from flowjax.models import layers, sharding
+from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
 from flowjax.train import checkpoint, ema, export, generator, optim, settings
 from flowjax.train import mesh as mesh_lib
@@ -157,7 +158,7 @@ class Run:
 
     def _check_teachers(self):
         """ConfigError where a frozen denoiser, of which the trained one learns, was made for other examples or conditions."""
-        teachers = [k for k, r in self.roles.items() if self.objective.roles.get(k) == "frozen" and r.module.kind == "denoiser"]
+        teachers = [k for k, r in self.roles.items() if self.objective.roles.get(k) in ("frozen", "optional") and r.module.kind == "denoiser"]
         if not teachers:
             return
         x, cond = self.example
@@ -240,9 +241,19 @@ class Run:
         boxed, cond = {}, conditions.Watched(cond)
         with sharding.use(self.mesh, self.rules):
             for i, name in enumerate(self.trained):
-                boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), x, cond)
+                boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), self._seen_by(name, x), cond)
         self.read = cond.read  # the conditions that the trained networks look at
         return boxed
+
+    def _seen_by(self, name, x):
+        """What a trained role takes where the networks take x (1, ...): x, or an encoder's tokens (Objective.reads)."""
+        source = self.objective.reads.get(name)
+        if source not in self.loaded:
+            return x
+        encoder = self.roles[source].net(self.loaded[source][0])
+        image = jnp.zeros((1, *self.pipeline.shape), jnp.float32)
+        tokens = jax.eval_shape(lambda image: repa.features(encoder, image), image)
+        return jnp.zeros(tokens.shape, tokens.dtype)
 
     def _places(self):
         from flax.core import meta
@@ -285,7 +296,7 @@ class Run:
     def _added(self, name: str) -> tuple[str, ...]:
         """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
         found, wanted = self.loaded[name][0], self.target.params[name]
-        added = tuple(k for k in (layers.GUIDANCE, layers.STEP) if k in wanted and k not in found)
+        added = tuple(k for k in (layers.GUIDANCE, layers.STEP, layers.PROJECTOR) if k in wanted and k not in found)
         same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
         return added
 

@@ -1,0 +1,137 @@
+"""Moment matching: half of the first moment's error by hand, the auxiliary halfway, samples of the posterior, who is trained by what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import quadrature
+from flowjax import exact, objectives, paths
+from flowjax.config import ConfigError
+from flowjax.predictions import Model
+
+pytestmark = pytest.mark.usefixtures("float64")
+RF, KEY = paths.rectified(), jax.random.key(0)
+REAL, MEAN, STD = exact.gaussian([0.0], 0.25), 0.5, 0.8
+
+
+def linear(c, k, path=RF):
+    return Model(lambda x, t, cond, key: c + k * x, path, "x")
+
+
+def players(**settings):
+    return {p.role: p.loss for p in objectives.build({"name": "moment_matching", **settings}).players}
+
+
+def grid(made, n=8, s=0.5):
+    """t = 1, where x_t is noise, and x_s of what is `made` of it, with every pair of nodes of the two noises."""
+    nodes, weights = quadrature.product(quadrature.normal(n), quadrature.normal(n))
+    z, xi = (jnp.asarray(v)[:, None] for v in nodes.T)
+    ones = jnp.ones(len(z))
+    return {"x_t": z, "x_s": RF.perturb(made(z), xi, s), "t": ones, "s": s * ones, "cond": {}}, jnp.asarray(weights)
+
+
+def test_gradient_is_half_of_the_moments_error():
+    """E[x_hat | x_s] of N(1/2, 0.64) and D of N(0, 1/4) at s = 1/2: the mean's error is 0.5 - 0.1 = 0.4, so d / d mean = 0.2, and
+    d / d std = 0.0760976."""
+    batch, weights = grid(lambda z: MEAN + STD * z)
+    fake, half = exact.gaussian([MEAN], STD**2), jnp.full(1, 0.5)
+    auxiliary = Model(lambda x, t, c, k: (fake.x_mean(RF, x, half) + REAL.x_mean(RF, x, half)) / 2, RF, "x")
+
+    def total(theta):
+        nets = {"net": linear(*theta), "auxiliary": auxiliary, "teacher": REAL.model(RF)}
+        return quadrature.expected(lambda b: players()["net"](nets, b, None), batch, weights)
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.asarray([MEAN, STD])), [0.2, 0.0760976], rtol=1e-6)
+
+
+def test_best_auxiliary_is_halfway():
+    batch, weights = grid(lambda z: MEAN + STD * z)
+    x = jnp.asarray([[0.0], [1.0]])
+    values = (exact.gaussian([MEAN], STD**2).x_mean(RF, x, 0.5) + REAL.x_mean(RF, x, 0.5)) / 2
+    best = jnp.asarray([values[0, 0], values[1, 0] - values[0, 0]])
+
+    def total(theta):
+        nets = {"net": linear(MEAN, STD), "auxiliary": linear(*theta), "teacher": REAL.model(RF)}
+        return quadrature.expected(lambda b: players()["auxiliary"](nets, b, None), batch, weights)
+
+    np.testing.assert_allclose(jax.grad(total)(best), 0, atol=1e-10)
+    assert (np.abs(jax.grad(total)(best + 0.1)) > 1e-2).all()
+
+
+def test_values_weights_and_guidance_by_hand():
+    """x_hat = 3, D_auxiliary = 2, D_teacher = 1 with the label and 1/2 without: guided by 3 it is 2, and nothing is left."""
+    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
+    teacher = Model(lambda x, t, c, k: jnp.where(c["label"] == 0, 1.0, 0.5)[:, None] + 0 * x, RF, "x", null)
+    nets = {"net": linear(3.0, 0.0), "auxiliary": linear(2.0, 0.0), "teacher": teacher}
+    zero = jnp.zeros((2, 1))
+    batch = {"x_t": zero, "x_s": zero, "t": jnp.ones(2), "s": jnp.asarray([0.5, 0.2]), "cond": {"label": jnp.zeros(2, int)}}
+    for settings, wanted in (
+        ({}, (3.0, 2.0, 1.0)),
+        ({"weight": "snr"}, (3 * 8.5, 2 * 8.5, 1.0)),  # SNR 1 and 16, their mean 8.5
+        ({"guidance": {"name": "cfg", "scale": 3.0}}, (0.0, 1.0, 0.0)),
+    ):
+        loss = players(**settings)
+        value, metrics = loss["auxiliary"](nets, batch, None)
+        np.testing.assert_allclose([loss["net"](nets, batch, None)[0], value, metrics["gap"]], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_each_player_trains_itself_alone():
+    batch, _ = grid(lambda z: z, 3)
+
+    def loss(role, theta):
+        nets = {"net": linear(theta[0], 0.7), "auxiliary": linear(theta[1], 0.5), "teacher": linear(theta[2], 0.4)}
+        return players()[role](nets, batch, None)[0]
+
+    theta = jnp.asarray([0.3, 0.5, -0.2])
+    assert [bool(g != 0) for g in jax.grad(lambda v: loss("net", v))(theta)] == [True, False, False]
+    # The teacher is frozen: only the auxiliary's own gradient is taken.
+    assert [bool(g != 0) for g in jax.grad(lambda v: loss("auxiliary", v))(theta)][:2] == [False, True]
+
+
+def rolled(net, n=20_000, path=RF, x=0.0, **settings):
+    bound = objectives.build({"name": "moment_matching", **settings})
+    other = Model(None, path, "velocity")
+    out = bound.rollout({"net": net, "auxiliary": other, "teacher": other}, {"x": jnp.full((n, 1), x), "cond": {}}, KEY)
+    return {k: np.asarray(out[k], np.float64) for k in ("t", "s", "x_t", "x_s")}
+
+
+@pytest.mark.parametrize("path", ["rectified", "trigonometric", "edm"])
+def test_states_are_a_step_of_ancestral_sampling_apart(path):
+    """A student that knows the data, 2 everywhere: x_s has the law of its time, and the chain's correlation (a_t / a_s) (b_s / b_t)."""
+    path = paths.PATHS[path]()
+    out = rolled(linear(2.0, 0.0, path), path=path, x=2.0, steps=4, time={"name": "uniform", "t_min": 0.2})
+    t, s = out["t"], out["s"]
+    noise = [(out[k][:, 0] - 2 * np.asarray(path.a(v))) / np.asarray(path.b(v)) for k, v in (("x_t", t), ("x_s", s))]
+    for part in noise:
+        assert abs(part.mean()) < 0.03 and abs(part.std() - 1) < 0.03
+    wanted = np.asarray(path.a(t) / path.a(s) * path.b(s) / path.b(t))
+    for low, high in ((0.2, 0.5), (0.5, 0.9)):
+        rows = (s > low) & (s < high)
+        assert abs((noise[0] * noise[1])[rows].mean() - wanted[rows].mean()) < 0.04
+
+
+def test_times():
+    out = rolled(linear(0.0, 1.0), steps=4)
+    t, s = out["t"], out["s"]
+    assert (t > s).all() and (t - s).max() < 0.2501
+    np.testing.assert_allclose([(t - s).min(), s.max()], [1e-3, 0.999], rtol=1e-3)
+    default = rolled(linear(0.0, 1.0))
+    assert 0.124 < (default["t"] - default["s"]).max() < 0.1251
+    assert abs((t == 1).mean() - 1 / 8) < 0.01  # s + U / 4 > 1 for half of the last quarter
+    inner = s < 0.7
+    assert abs((t - s)[inner].mean() - 1 / 8) < 0.005 and abs(s.mean() - 0.5) < 0.01
+    assert abs((rolled(linear(0.0, 1.0), steps=1)["t"] == 1).mean() - 0.5) < 0.02
+    eps = rolled(Model(lambda x, t, c, k: x, RF, "eps"), steps=2)
+    assert eps["t"].max() == pytest.approx(1000 / 1001)
+
+
+def test_refusals():
+    batch, other = {"x": jnp.zeros((2, 1)), "cond": {}}, linear(0, 1, paths.trigonometric())
+    bound = objectives.build("moment_matching")
+    for role in ("teacher", "auxiliary"):
+        nets = {"net": linear(0, 1), "auxiliary": linear(0, 1), "teacher": linear(0, 1), role: other}
+        with pytest.raises(ConfigError, match=f"roles.{role} was trained with another path"):
+            bound.rollout(nets, batch, KEY)
+    with pytest.raises(ConfigError, match="objective.steps = 0"):
+        rolled(linear(0, 1), steps=0)
