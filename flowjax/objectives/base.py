@@ -32,7 +32,8 @@ class Objective(NamedTuple):
     updates; kinds: what a role's network has to be, where the objective calls for something other than a denoiser; whole: rows are
     compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused; coupled: takes
     the noise batch["z"] that the data bring along (couplings), where they do; conditions: name (of flowjax.conditions) -> shape of one
-    example, of what the rollout adds to the batch's cond and the data do not have."""
+    example, of what the rollout adds to the batch's cond and the data do not have; pixels: looks at images, which roles.vae, where
+    there is one, decodes: data that are latents already are refused."""
 
     roles: Mapping[str, str]
     players: tuple[Player, ...]
@@ -41,6 +42,7 @@ class Objective(NamedTuple):
     whole: bool = False
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}
+    pixels: bool = False
 
 
 def mean_dims(x):
