@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
             "steps": 4 if smoke else 300,
             "objective": {
                 "name": "reward_feedback", "reward": {"ink": 1.0, "upper": 0.0, "symmetry": 0.0}, "steps": 4 if smoke else 20,
-                "through": 1, "late": 2 if smoke else 8, "strength": 1.0, "pretrain": 1.0,
+                "through": 1, "late": 2 if smoke else 8, "strength": 2.0, "pretrain": 1.0,
             },
             "optimizer": {"name": "adamw", "clip": 1.0, "schedule": {"name": "constant", "rate": 5e-5, "warmup": 1 if smoke else 20}},
             "roles": {"net": {"checkpoint": "runs/digits"}},

@@ -80,11 +80,12 @@ def test_value_of_the_two_sides():
     }  # fmt: skip
     value, metrics = loss(batch, linear(0.0, 0.4), linear(0.0), beta=2.0, normalise=False)
     assert float(value) == pytest.approx(0.7 * 0.2**2 + 0.3 * 1.8**2, rel=1e-5)
-    assert float(metrics["drift"]) == pytest.approx(0.16, rel=1e-5)
+    assert float(metrics["lag"]) == pytest.approx(0.16, rel=1e-5) and "drift" not in metrics
     # Of x all is half as large, and a square over the absolute value is the absolute value.
     assert float(loss(batch, linear(0.0, 0.4), linear(0.0), beta=2.0)[0]) == pytest.approx(0.7 * 0.1 + 0.3 * 0.9, rel=1e-5)
     near = {"nets": {"reference": linear(0.0, 0.1)}, "anchor": 0.5}
-    anchored = loss(batch, linear(0.0, 0.4), linear(0.0), beta=2.0, normalise=False, **near)[0]
+    anchored, metrics = loss(batch, linear(0.0, 0.4), linear(0.0), beta=2.0, normalise=False, **near)
+    assert float(metrics["drift"]) == pytest.approx(0.09, rel=1e-4)
     assert float(anchored - value) == pytest.approx(0.5 * 0.09, rel=1e-4)
 
 

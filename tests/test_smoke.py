@@ -248,7 +248,10 @@ def test_digits_refl(shell, digits, judge):
 
 
 def test_digits_nft(shell, digits):
-    shell("experiments.train", f"--config={ROOT}/configs/digits_nft.py:smoke", "--workdir=nft", f"--config.roles.net.checkpoint={digits}")
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_nft.py:smoke", "--workdir=nft",
+        f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
     check_workdir(shell.home / "nft")
 
 

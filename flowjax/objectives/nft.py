@@ -49,7 +49,8 @@ def rollout(
 
 
 def loss(nets, batch, key, *, beta: float = 1.0, normalise: bool = True, anchor: float = 0.0):
-    """The two-sided regression. Metrics: those of the samples, and drift, the mean square of y_net - y_old."""
+    """The two-sided regression. Metrics: those of the samples, lag (the mean square of y_net - y_old), and drift (that of v_net - v_ref,
+    where there is a reference)."""
     del key
     if beta <= 0 or anchor < 0:
         raise ConfigError(f"objective.beta = {beta} should be positive, and objective.anchor = {anchor} not negative")
@@ -68,11 +69,12 @@ def loss(nets, batch, key, *, beta: float = 1.0, normalise: bool = True, anchor:
 
     plus, minus = (1 - beta) * old + beta * new, (1 + beta) * old - beta * new
     value = jnp.mean(good * error(plus) + (1 - good) * error(minus))
-    metrics = {**groups.told(batch), "drift": jnp.mean(mean_dims(jnp.square(new - old)))}
+    metrics = {**groups.told(batch), "lag": jnp.mean(mean_dims(jnp.square(new - old)))}
     if anchor:
         same_meaning(nets["reference"], net, "roles.reference", ("path",))
         ours, other = net.get("velocity", x_t, t, cond), nets["reference"].get("velocity", x_t, t, cond)
-        value += anchor * jnp.mean(mean_dims(jnp.square(ours - jax.lax.stop_gradient(other))))
+        drift = jnp.mean(mean_dims(jnp.square(ours - jax.lax.stop_gradient(other))))
+        value, metrics["drift"] = value + anchor * drift, drift
     return value, metrics
 
 
