@@ -256,11 +256,15 @@ def test_latents_are_mixed_with_their_like_only(made, tmp_path, source):
 def test_an_image_encoder_cannot_look_at_latents():
     kind = lambda kind: types.SimpleNamespace(module=types.SimpleNamespace(kind=kind))  # noqa: E731
     run = types.SimpleNamespace(
-        pipeline=types.SimpleNamespace(manifest={"latents": {"vae": "a"}}), roles={"encoder": kind("image_encoder")}, loaded={"encoder": None}
-    )
+        pipeline=types.SimpleNamespace(manifest={"latents": {"vae": "a"}}), roles={"encoder": kind("image_encoder")}, loaded={"encoder": None},
+        objective=types.SimpleNamespace(pixels=False),
+    )  # fmt: skip
     with pytest.raises(ConfigError, match="roles.encoder looks at images, and the data hold latents"):
         Run._encoded(run)
     run.roles["encoder"] = kind("classifier")
     assert Run._encoded(run)
+    run.objective.pixels = True
+    with pytest.raises(ConfigError, match="the objective looks at images, and the data hold latents"):
+        Run._encoded(run)
     run.pipeline.manifest = {}
     assert not Run._encoded(run)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 CORE = (
-    "paths", "predictions", "times", "weights", "guidance", "exact", "config", "generate", "objectives", "samplers",
+    "paths", "predictions", "times", "weights", "guidance", "exact", "config", "rewards", "generate", "objectives", "samplers",
     "samplers.likelihood", "models", "models.flops", "train.step", "train.ema", "train.optim", "train.mesh", "train.roles",
 )  # fmt: skip
 ALLOWED = {"jax", "jaxlib", "flax", "optax", "einops", "numpy", "flowjax"}

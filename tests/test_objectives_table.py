@@ -356,6 +356,87 @@ def diffusion_dpo():
     return lambda theta: player.loss({"net": near(reference, theta), "reference": reference}, both, None)[0], jnp.zeros(3), CURVE
 
 
+def reward_batch(n):
+    """What the loss tells of n samples besides."""
+    return {"reward": jnp.zeros(n), "rewards": {}, "spread": jnp.zeros(n)}
+
+
+def by_pixel(fn, theta):
+    """fn's velocity of images of one pixel, plus theta_0 + theta_1 x_t + theta_2 t."""
+
+    def apply(x_t, t, cond, key):
+        return fn(x_t, t) + theta[0] + theta[1] * x_t + theta[2] * t.reshape(-1, 1, 1, 1)
+
+    return Model(apply, RF, "velocity")
+
+
+def flow_grpo():
+    """Rewards linear in the noise that was drawn, A = slope e, and a penalty of strength beta: the optimum is the reference tilted by
+    exp(A / beta), a normal law whose mean is moved by std slope / beta. The slopes are those of CURVE, at four points and times.
+    """
+    e, weights = quadrature.normal(60)
+    x, t, s = (np.repeat(v, 60) for v in ([-1.0, 0.4, 0.9, -0.3], [0.9, 0.7, 0.4, 0.2], [0.8, 0.5, 0.3, 0.1]))
+    e, weights, beta, a = np.tile(e, 4), np.tile(weights, 4), 2.0, 0.7
+    std = a * np.sqrt(t / (1 - t) * (t - s))
+    # The mean of a step moves by -(t - s) (1 + a^2 / 2) times the change of the velocity (2505.05470 eq. 9).
+    moved = -(t - s) * (1 + a**2 / 2) * (CURVE[0] + CURVE[1] * x + CURVE[2] * t)
+    reference = lambda x_t, t: jnp.sin(x_t)  # noqa: E731
+    mean = x - (t - s) * (np.sin(x) + a**2 / 2 / (1 - t) * (x + (1 - t) * np.sin(x)))
+    pixel = lambda v: jnp.asarray(v).reshape(-1, 1, 1, 1, 1)  # noqa: E731
+    batch = {
+        "cond": {}, "before": pixel(x), "after": pixel(mean + std * e), "mean": pixel(mean), "t": jnp.asarray(t)[:, None],
+        "s": jnp.asarray(s)[:, None], "advantage": jnp.asarray(beta * moved / std * e), **reward_batch(240),
+    }  # fmt: skip
+    player = objectives.build({"name": "flow_grpo", "reward": "ink", "clip": 1e9, "beta": beta, "reduce": "sum"}).players[0]
+
+    def loss(theta):
+        nets = {"net": by_pixel(reference, theta), "reference": by_pixel(reference, jnp.zeros(3))}
+        return quadrature.expected(lambda b: player.loss(nets, b, None), batch, jnp.asarray(weights))
+
+    return loss, CURVE, CURVE + jnp.asarray([0.3, -0.2, 0.1])
+
+
+def reward_feedback():
+    """Flow matching's error is quadratic in the parameters and the ink of x_in - t v linear: the optimum solves a linear system."""
+    random = np.random.RandomState(0)
+    x, z, x_in = (random.uniform(-0.3, 0.3, 20) for _ in range(3))
+    t, at = random.uniform(0.1, 0.9, (2, 20))
+    strength, pretrain = 3.0, 0.7
+    basis = lambda x, t: np.stack([np.ones(20), x, t], 1)  # noqa: E731
+    x_t, goal = (1 - t) * x + t * z, z - x
+    phi = basis(x_t, t)
+    # strength E[t phi(x_in)] / 2 + 2 pretrain E[phi (phi theta - goal)] = 0
+    right = 2 * pretrain * phi.T @ goal / 20 - strength * at @ basis(x_in, at) / 40
+    optimum = np.linalg.solve(2 * pretrain * phi.T @ phi / 20, right)
+    pixel = lambda v: jnp.asarray(v).reshape(-1, 1, 1, 1)  # noqa: E731
+    batch = {"x": pixel(x), "z": pixel(z), "t": jnp.asarray(t), "x_in": pixel(x_in), "at": jnp.asarray(at)[:, None], "cond": {}}
+    player = objectives.build({"name": "reward_feedback", "reward": "ink", "strength": strength, "pretrain": pretrain}).players[0]
+    optimum = jnp.asarray(optimum)
+    return lambda theta: player.loss({"net": by_pixel(lambda x_t, t: 0.0, theta)}, batch, None)[0], optimum, optimum + CURVE
+
+
+def diffusion_nft():
+    """At each of three x_t the optimum is v_old + (2 / beta) E[(r - 1/2) (v - v_old) | x_t], by theorem 3.2 of the paper."""
+    x_t, t, beta = np.repeat([-0.5, 0.2, 1.0], 2), np.repeat([0.3, 0.5, 0.8], 2), 0.5
+    x, good = np.array([-1.0, 0.5, 0.3, 1.2, -0.4, 0.9]), np.array([0.1, 0.9, 0.4, 0.8, 0.5, 0.0])
+    z = (x_t - (1 - t) * x) / t
+    old = 0.6 * x_t
+    optimum = jnp.asarray(old[::2] + 2 / beta * ((good - 0.5) * (z - x - old)).reshape(3, 2).mean(1))
+    pixel = lambda v: jnp.asarray(v).reshape(-1, 1, 1, 1)  # noqa: E731
+    batch = {"cond": {}, "x": pixel(x), "z": pixel(z)[:, None], "t": jnp.asarray(t)[:, None], "good": jnp.asarray(good)}
+    batch |= reward_batch(6)
+    player = objectives.build({"name": "diffusion_nft", "reward": "ink", "beta": beta, "normalise": False}).players[0]
+
+    def loss(theta):
+        nets = {
+            "net": Model(lambda x_t, t, cond, key: pixel(jnp.repeat(theta, 2)), RF, "velocity"),
+            "old": Model(lambda x_t, t, cond, key: 0.6 * x_t, RF, "velocity"),
+        }
+        return player.loss(nets, batch, None)[0]
+
+    return loss, optimum, optimum + jnp.asarray([0.1, -0.2, 0.3])
+
+
 class LinearAutoencoder:
     """q(l | x) = N(gain x, exp(logvar)), decoder weight l, on the first of two dimensions."""
 
@@ -492,6 +573,9 @@ CASES = {
     "shortcut": shortcut,
     "guidance_distillation": guidance_distillation,
     "diffusion_dpo": diffusion_dpo,
+    "flow_grpo": flow_grpo,
+    "reward_feedback": reward_feedback,
+    "diffusion_nft": diffusion_nft,
     "vae": vae,
     "vae_gan": vae_gan,
 }

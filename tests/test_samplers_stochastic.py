@@ -102,7 +102,7 @@ def test_every_diffusion_keeps_the_marginals(diffusion, path):
 
 
 def test_diffusion_coefficients():
-    t = jnp.asarray(1 / 6)
+    t, s = jnp.asarray(1 / 6), jnp.asarray(1 / 9)
     expected = {
         "constant": 1.0,
         "sbdm": 1 / 5,
@@ -110,16 +110,18 @@ def test_diffusion_coefficients():
         "linear": 1 / 6,
         "decreasing": (1 - math.sqrt(0.75)) ** 2 / 4,
         "increasing_decreasing": 0.25,
+        "flow_grpo": 1 / 5,
     }
     assert set(expected) == set(DIFFUSIONS)
     for name, value in expected.items():
-        assert float(DIFFUSIONS[name](RF, t)) == pytest.approx(value, abs=1e-12), name
+        assert float(DIFFUSIONS[name](RF, t, s)) == pytest.approx(value, abs=1e-12), name
     gvp = trigonometric()
-    assert float(DIFFUSIONS["sigma"](gvp, t)) == pytest.approx(math.sin(math.pi / 12))
-    assert float(DIFFUSIONS["sbdm"](gvp, t)) == pytest.approx(math.pi / 2 * math.tan(math.pi / 12))
+    assert float(DIFFUSIONS["sigma"](gvp, t, s)) == pytest.approx(math.sin(math.pi / 12))
+    assert float(DIFFUSIONS["sbdm"](gvp, t, s)) == pytest.approx(math.pi / 2 * math.tan(math.pi / 12))
     for path in (RF, gvp, PATHS["vp_linear"](), ve()):  # half the g^2 of the forward SDE
-        assert float(DIFFUSIONS["sbdm"](path, t)) == pytest.approx(float(path.diffusion(t)) / 2)
-    assert float(DIFFUSIONS["sbdm"](RF, jnp.asarray(1.0))) == 0.0
+        assert float(DIFFUSIONS["sbdm"](path, t, s)) == pytest.approx(float(path.diffusion(t)) / 2)
+    assert float(DIFFUSIONS["sbdm"](RF, jnp.asarray(1.0), s)) == 0.0
+    assert float(DIFFUSIONS["flow_grpo"](RF, jnp.asarray(1.0), s)) == pytest.approx(9 / 8)
 
 
 def test_transition_reports_the_law_of_the_step():

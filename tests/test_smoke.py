@@ -49,7 +49,7 @@ def vae(shell, mnist_like):
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_gd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
-    mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut"}
+    mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_grpo", "digits_refl", "digits_nft"}
     mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
     mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
@@ -133,8 +133,14 @@ def test_digits_by_other_roads(shell, name):
     check_workdir(shell.home / name)
 
 
-def test_digits_classifier_guides(shell, digits):
+@pytest.fixture(scope="module")
+def judge(shell):
+    """A workdir of configs/digits_classifier.py:smoke."""
     shell("experiments.train", f"--config={ROOT}/configs/digits_classifier.py:smoke", "--workdir=judge")
+    return shell.home / "judge"
+
+
+def test_digits_classifier_guides(shell, digits, judge):
     assert [row for row in rows(shell.home / "judge") if "accuracy" in row]
     section = "{'name': 'classifier', 'scale': 2.0, 'checkpoint': 'judge'}"
     common = (f"--checkpoint={digits}", "--count=6", "--steps=2")
@@ -253,6 +259,38 @@ def test_digits_dpo(shell, digits):
     assert rows(shell.home / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     out = shell("tools.win_rate", "--checkpoint=dpo", f"--against={digits}", "--count=20", "--steps=2")
     assert 0 <= json.loads(out[out.index("{") : out.rindex("}") + 1])["win_rate"] <= 1
+
+
+def test_digits_grpo(shell, digits):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_grpo.py:smoke", "--workdir=grpo", "--config.objective.window=1",
+        f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "grpo")
+    seen = [row for row in rows(shell.home / "grpo") if "loss" in row]
+    assert seen[0]["ratio"] == pytest.approx(1, abs=0.05)
+    assert {"kl", "clipped", "reward", "reward/symmetry", "diversity"} <= seen[0].keys()
+
+
+def test_digits_refl(shell, digits, judge):
+    train = ("experiments.train", f"--config={ROOT}/configs/digits_refl.py:smoke", "--workdir=refl")
+    section = {"net": {"checkpoint": str(digits)}, "reward": {"checkpoint": str(judge)}}
+    anchored = section | {"reference": {"checkpoint": str(digits)}}
+    asked = {"name": "reward_feedback", "reward": "agreement", "anchor": 0.1, "steps": 4, "late": 2, "through": 2}
+    shell(*train, f"--config.roles={anchored}", f"--config.objective={asked}")
+    check_workdir(shell.home / "refl")
+    seen = [row for row in rows(shell.home / "refl") if "loss" in row]
+    assert seen[0]["drift"] < 1e-9 and seen[0]["reward"] < 0
+    said = shell(*train[:2], "--workdir=bad", f"--config.roles={section}", code=2)
+    assert "roles.reward takes no part in objective.reward" in said and "Traceback" not in said
+
+
+def test_digits_nft(shell, digits):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_nft.py:smoke", "--workdir=nft",
+        f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "nft")
 
 
 def test_mnist_latents(shell, mnist_like, vae):

@@ -92,6 +92,8 @@ WRONG = {
     "zero log": ({"log": {"every": 0}}, "config.log.every = 0 should be at least 1"),
     "negative every": ({"checkpoint": {"every": -1}}, "config.checkpoint.every = -1 should be at least 0"),
     "negative role every": ({"roles": {"net": {"every": -1}}}, "config.roles.net.every = -1 should be at least 0"),
+    "no updates": ({"roles": {"net": {"updates": 0}}}, "config.roles.net.updates = 0 should be at least 1"),
+    "updates of the batch": ({"roles": {"net": {"updates": 3}}}, "batch_size = 16 .* of updates x accumulate x data x fsdp = 3 x 1 x 8"),
     "keep none": ({"checkpoint": {"keep": 0}}, "config.checkpoint.keep = 0 should be at least 1"),
     "batch": ({"batch_size": 12}, "batch_size = 12 .global. must be a multiple"),
     "classes": ({"model": {"name": "mlp", "num_classes": 3}}, "model.num_classes = 3 but the data has 4 classes"),

@@ -84,7 +84,7 @@ def test_half_life():
 @pytest.mark.parametrize(
     "section, message",
     [
-        ({"name": "polyak"}, "valid: constant, power, warmup"),
+        ({"name": "polyak"}, "valid: constant, power, ramp, warmup"),
         ({"name": "constant", "decay": 1.0}, "must lie in"),
         ({"name": "constant", "decay": -0.1}, "must lie in"),
         ({"name": "power", "std": 0.3}, "0.2887"),

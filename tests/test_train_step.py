@@ -171,6 +171,64 @@ def test_two_players_accumulate():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), *results)
 
 
+# --- several updates on what was rolled out once
+
+
+def pull(nets, batch, key):
+    """x + w is pulled to the goal that the rollout set."""
+    return jnp.mean(jnp.square(nets["net"](batch["x"]) - batch["goal"])) / 2, {"w": nets["net"](0.0)}
+
+
+def set_goal(nets, batch, key):
+    return {**batch, "goal": jnp.mean(nets["net"](batch["x"])) + batch["x"]}  # of the whole batch, and of the parameters before
+
+
+PULL = Objective({"net": "trained"}, (Player("net", pull),), set_goal)
+
+
+def pulled(updates, x, optimizer=SGD, **options):
+    step, state = machine(objectives.bind(PULL, {}), {"net": Role(Scalar(False))}, {"net": {"w": jnp.asarray(0.5)}}, optimizer,
+                          updates={"net": updates}, **options)  # fmt: skip
+    return step(state, {}, {"x": x, "cond": {}})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_updates_in_turn_each_on_its_slice(accumulate):
+    """By hand: w += rate (goal - x - w) with the goals of the start, here mean x + w_0 + x, so w -> w + rate (mean x + w_0 - w)."""
+    x = jnp.arange(8.0)[:, None]
+    half = {**SGD, "schedule": {"name": "linear", "rate": 0.5}}  # 100 steps: each update counts as one
+    state, metrics = pulled(4, x, half, accumulate=accumulate)
+    w, seen = 0.5, []
+    for n in range(4):
+        seen.append(w)
+        w += 0.5 * (1 - n / 100) * (3.5 + 0.5 - w)
+    assert float(state.params["net"]["w"]) == pytest.approx(w, rel=1e-6) and int(state.step) == 1
+    assert float(metrics["w"]) == pytest.approx(np.mean(seen), rel=1e-6) and metrics["finite"]["net"].tolist() == [True, True]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_every_update_sees_its_own_rows_and_one_that_is_not_finite_undoes_all(bad):
+    """Rate 1 with goals that are the rows: w goes to the mean of rows 0 and 4, 1 and 5, 2 and 6, 3 and 7."""
+
+    def rows(nets, batch, key):
+        return jnp.mean(jnp.square(nets["net"](0.0) - batch["x"])) / 2, {}
+
+    objective = objectives.bind(Objective({"net": "trained"}, (Player("net", rows),)), {})
+    step, state = machine(objective, {"net": Role(Scalar(False))}, {"net": {"w": jnp.asarray(0.5)}}, updates={"net": 4})
+    x = jnp.asarray([9.0, 8, 7, 1, 9, 8, jnp.nan if bad else 7, 4])[:, None]
+    state, metrics = step(state, {}, {"x": x, "cond": {}})
+    assert float(state.params["net"]["w"]) == pytest.approx(0.5 if bad else 2.5) and int(state.step) == 1
+    assert metrics["finite"]["net"].tolist() == [not bad, not bad]
+    assert bad or float(metrics["update_norm"]) == pytest.approx(np.mean([8.5, 1.0, 1.0, 4.5]))
+
+
+def test_rows_that_are_compared_cannot_be_sliced():
+    from flowjax.config import ConfigError
+
+    with pytest.raises(ConfigError, match="roles.net.updates = 4: .* cannot be sliced"):
+        step_lib.make_step(objectives.bind(PULL._replace(whole=True), {}), {}, {}, {}, seed=0, updates={"net": 4})
+
+
 # --- the guard
 
 

@@ -11,7 +11,7 @@ from experiments import sampling, shell
 from flowjax.train import runtime
 
 OUT = flags.DEFINE_string("out", None, "Directory of the pairs to write.", required=True)
-REWARD = flags.DEFINE_string("reward", "ink", "A name of flowjax.evals.rewards.REWARDS.")
+REWARD = flags.DEFINE_string("reward", "ink", "A name of flowjax.rewards.REWARDS that needs no network.")
 PAIRS = flags.DEFINE_integer("pairs", 1000, "How many prompts.", lower_bound=1)
 CANDIDATES = flags.DEFINE_integer("candidates", 4, "Samples per prompt.", lower_bound=2)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --out holds.")

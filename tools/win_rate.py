@@ -12,7 +12,7 @@ from experiments import sampling, shell
 from flowjax.train import runtime
 
 AGAINST = flags.DEFINE_string("against", None, "The other export or workdir.", required=True)
-REWARD = flags.DEFINE_string("reward", "ink", "A name of flowjax.evals.rewards.REWARDS.")
+REWARD = flags.DEFINE_string("reward", "ink", "A name of flowjax.rewards.REWARDS that needs no network.")
 DATA = flags.DEFINE_string("judge_data", "", "Workdir or export whose training data the judge learns; default: --against.")
 
 

@@ -66,7 +66,6 @@ def main():
 
     # --- preference
     from flowjax.data.sources import write_preferences
-    from tools.make_pairs import choose
 
     rates, drops, inks, tuned0 = [], [], [], None
     for s, w in zip(seeds, teachers):
@@ -75,7 +74,7 @@ def main():
             labels = np.repeat(protocol.labels(1000, 10, "balanced", 100 + s), 4)
             x = image.quantise(common.samples(w, labels, seed=100 + s, **UNGUIDED))
             scores = rewards.reward("ink", x, labels).reshape(-1, 4)
-            win, lose, kept = choose(x.reshape(-1, 4, *x.shape[1:]), scores)
+            win, lose, kept = rewards.best_and_worst(x.reshape(-1, 4, *x.shape[1:]), scores)
             write_preferences(pairs, win, lose, labels[::4][kept], 10, {"reward": "ink", "seed": 100 + s})
         tuned = common.train(f"digits_dpo/{s}", common.config(
             "digits_dpo", seed=s, data={"path": str(pairs)}, roles={r: {"checkpoint": str(w)} for r in ("reference", "net")}

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from flowjax import config
-from flowjax.objectives import add, classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, guidance_distillation
-from flowjax.objectives import imm, lcm, mae, moment, progressive, repa, scm, vae
+from flowjax.objectives import add, classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, grpo, guidance_distillation
+from flowjax.objectives import imm, lcm, mae, moment, nft, progressive, repa, reward_feedback, scm, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -38,6 +38,9 @@ OBJECTIVES: dict[str, Objective] = {
     "meanflow": flow_map.MEANFLOW,
     "shortcut": flow_map.SHORTCUT,
     "diffusion_dpo": dpo.OBJECTIVE,
+    "flow_grpo": grpo.OBJECTIVE,
+    "reward_feedback": reward_feedback.OBJECTIVE,
+    "diffusion_nft": nft.OBJECTIVE,
     "vae": vae.OBJECTIVE,
     "vae_gan": vae.GAN,
     "classification": classification.OBJECTIVE,
@@ -56,6 +59,7 @@ class BoundObjective(NamedTuple):
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}
     reads: Mapping[str, str] = {}
+    pixels: bool = False
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:
@@ -72,9 +76,7 @@ def bind(objective: Objective, settings: Mapping, where: str = "objective") -> B
 
     players = tuple(p._replace(loss=fill(p.loss), measure=p.measure and fill(p.measure)) for p in objective.players)
     rollout = fill(objective.rollout) if objective.rollout else lambda nets, batch, key: batch
-    return BoundObjective(
-        objective.roles, players, rollout, objective.kinds, objective.whole, objective.coupled, objective.conditions, objective.reads
-    )
+    return BoundObjective(**objective._asdict() | {"players": players, "rollout": rollout})
 
 
 def build(section, where: str = "objective") -> BoundObjective:

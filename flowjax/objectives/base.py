@@ -33,7 +33,8 @@ class Objective(NamedTuple):
     compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused; coupled: takes
     the noise batch["z"] that the data bring along (couplings), where they do; conditions: name (of flowjax.conditions) -> shape of one
     example, of what the rollout adds to the batch's cond and the data do not have; reads: role -> image encoder whose grid of tokens it
-    takes instead of examples, where the run has that encoder."""
+    takes instead of examples, where the run has that encoder; pixels: looks at images, which roles.vae, where there is one, decodes:
+    data that are latents already are refused."""
 
     roles: Mapping[str, str]
     players: tuple[Player, ...]
@@ -43,6 +44,7 @@ class Objective(NamedTuple):
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}
     reads: Mapping[str, str] = {}
+    pixels: bool = False
 
 
 def mean_dims(x):

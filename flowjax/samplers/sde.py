@@ -15,43 +15,55 @@ import jax.numpy as jnp
 
 from flowjax import config
 from flowjax.config import ConfigError
+from flowjax.paths import expand
 from flowjax.predictions import convert
 from flowjax.samplers import ode
 from flowjax.samplers.base import Sampler, is_last, normal
 
 
-def _sbdm(path, t):
+def _sbdm(path, t, s):
     # Infinite where a = 0. Any Dif is valid, so we take the ODE's there instead of a clipped one.
     a = path.a(t)
     has_signal = a > 1e-6
     return jnp.where(has_signal, path.b(t) * path.wronskian(t) / jnp.where(has_signal, a, 1.0), 0.0)
 
 
-# name -> Dif(path, t) = g^2 / 2 (SiT transport/path.py, with its time reversed)
+def _flow_grpo(path, t, s):
+    # sbdm, with the a of the step's end where its own is 0, as the code of Flow-GRPO (2505.05470) has it: on the rectified path scale
+    # = k^2 / 2 is its sigma_t = k sqrt(t / (1 - t)), and the noise of the first step has the standard deviation k on every grid.
+    a = path.a(t)
+    return path.b(t) * path.wronskian(t) / jnp.where(a > 1e-6, a, path.a(s))
+
+
+# name -> Dif(path, t, s) = g^2 / 2 in the step from t to s (SiT transport/path.py, with its time reversed)
 DIFFUSIONS = {
-    "constant": lambda path, t: jnp.ones_like(t),
+    "constant": lambda path, t, s: jnp.ones_like(t),
     "sbdm": _sbdm,
-    "sigma": lambda path, t: path.b(t),
-    "linear": lambda path, t: t,
-    "decreasing": lambda path, t: (1 - jnp.cos(math.pi * t)) ** 2 / 4,
-    "increasing_decreasing": lambda path, t: jnp.sin(math.pi * t) ** 2,
+    "sigma": lambda path, t, s: path.b(t),
+    "linear": lambda path, t, s: t,
+    "decreasing": lambda path, t, s: (1 - jnp.cos(math.pi * t)) ** 2 / 4,
+    "increasing_decreasing": lambda path, t, s: jnp.sin(math.pi * t) ** 2,
+    "flow_grpo": _flow_grpo,
 }
 
 
 def transition(model, x, t, s, diffusion="sbdm", scale=1.0):
-    """Mean (shape of x) and standard deviation (scalar) of x_s given x_t in one Euler-Maruyama step, from one model call."""
+    """Mean (shape of x) and standard deviation (shape of t) of x_s given x_t in one Euler-Maruyama step, from one model call.
+
+    t and s: scalar or (B,). scale may be traced.
+    """
     mean, std, _ = _transition(model, x, t, s, diffusion, scale)
     return mean, std
 
 
 def _transition(model, x, t, s, diffusion, scale):
     h, y = t - s, model(x, t)
-    mean = x - h * convert(model.path, model.prediction, "velocity", y, x, t)
-    if not scale:
+    mean = x - expand(h, x) * convert(model.path, model.prediction, "velocity", y, x, t)
+    if isinstance(scale, (int, float)) and not scale:
         return mean, jnp.zeros_like(h), y
-    dif = scale * DIFFUSIONS[diffusion](model.path, t)
+    dif = scale * DIFFUSIONS[diffusion](model.path, t, s)
     score = convert(model.path, model.prediction, "score", y, x, t)
-    return mean + dif * h * score, jnp.sqrt(2 * dif * h), y
+    return mean + expand(dif * h, x) * score, jnp.sqrt(2 * dif * h), y
 
 
 def euler_maruyama_step(model, x, t, s, key, carry, *, diffusion, scale, last):

@@ -43,7 +43,7 @@ def build_roles(config, objective):
         elif kind in ("frozen", "optional"):
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
-            if any(section[k] for k in (*NETWORK, "optimizer", "every")):
+            if any(section[k] for k in (*NETWORK, "optimizer", "every")) or section["updates"] != 1:
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
             usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
@@ -99,7 +99,11 @@ class Run:
         for name, axes in self.rules.items():
             if wrong := {*((axes,) if isinstance(axes, str) else axes or ())} - {*mesh_lib.AXES}:
                 raise ConfigError(f"rules.{name} = {axes!r}: no mesh axis {min(wrong)!r}; valid: {', '.join(mesh_lib.AXES)}, None")
-        mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh)
+        sections = {p.role: config["roles"].get(p.role) or {} for p in self.objective.players}
+        self.every = {p.role: sections[p.role].get("every") or p.every for p in self.objective.players}
+        self.updates = {role: section.get("updates", 1) for role, section in sections.items()}
+        for count in self.updates.values():
+            mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh, count)
         self.pipeline = data or self.stream("train", config["seed"])
         self.roles, self.loaded = build_roles(config, self.objective)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
@@ -138,6 +142,9 @@ class Run:
             raise ConfigError(f"model.num_classes = {count} but the data has {have} classes")
         if count and not have:
             raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
+        judge = self.roles.get("reward")
+        if judge and have and judge.module.num_classes != have:
+            raise ConfigError(f"roles.reward knows {judge.module.num_classes} classes, and the data has {have}")
 
     def _check_conditions(self):
         """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens or another padding."""
@@ -158,7 +165,8 @@ class Run:
 
     def _check_teachers(self):
         """ConfigError where a frozen denoiser, of which the trained one learns, was made for other examples or conditions."""
-        teachers = [k for k, r in self.roles.items() if self.objective.roles.get(k) in ("frozen", "optional") and r.module.kind == "denoiser"]
+        asked = {k for k, v in self.objective.roles.items() if v in ("frozen", "optional")}
+        teachers = [k for k, r in self.roles.items() if k in asked and r.module.kind == "denoiser"]
         if not teachers:
             return
         x, cond = self.example
@@ -185,8 +193,9 @@ class Run:
             raise ConfigError(
                 f"the data hold latents of another autoencoder ({maker}) than roles.vae ({mine}): encode them again with tools.encode_latents"
             )
-        if seeing := [k for k in self.loaded if self.roles[k].module.kind == "image_encoder"]:
-            raise ConfigError(f"roles.{seeing[0]} looks at images, and the data hold latents: train on the images, which roles.vae encodes")
+        seeing = [f"roles.{k}" for k in self.loaded if self.roles[k].module.kind == "image_encoder"]
+        if seeing := seeing + ["the objective"] * self.objective.pixels:
+            raise ConfigError(f"{seeing[0]} looks at images, and the data hold latents: train on the images, which roles.vae encodes")
         return True
 
     def _embedded(self) -> bool:
@@ -263,12 +272,11 @@ class Run:
         places = {k: sharding.param_specs(v, self.mesh, self.rules) for k, v in boxed.items()}
         shapes = meta.unbox(boxed)
         self.transforms, self.schedules = {}, {}
-        self.every = {p.role: (config["roles"].get(p.role) or {}).get("every") or p.every for p in self.objective.players}
         for name in self.trained:
             section = config["roles"].get(name) or {}
             where = "optimizer" if name == "net" or not section.get("optimizer") else f"roles.{name}.optimizer"
             optimizer = section.get("optimizer") or config["optimizer"]
-            built = optim.build(optimizer, shapes[name], config["steps"], where, self.every[name])
+            built = optim.build(optimizer, shapes[name], config["steps"] * self.updates[name], where, self.every[name])
             self.transforms[name], self.schedules[name] = built
 
         def init(key):
@@ -317,7 +325,7 @@ class Run:
         """The jitted train step (state donated)."""
         pure = step_lib.make_step(
             self.objective, self.roles, self.transforms, self.averages, seed=self.config["seed"],
-            accumulate=self.config["accumulate"], every=self.every, mesh=self.mesh, rules=self.rules,
+            accumulate=self.config["accumulate"], every=self.every, updates=self.updates, mesh=self.mesh, rules=self.rules,
         )
         replicated = jax.NamedSharding(self.mesh, jax.P())
         frozen = jax.tree.map(lambda _: replicated, self.frozen)

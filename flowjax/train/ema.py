@@ -5,7 +5,7 @@ An average named in config.ema follows one trained role and is updated after eve
     ema = decay(step) ema + (1 - decay(step)) params,    float32
 
 Sources: constant 2006.11239; warm-up min(decay, (1 + n)/(10 + n)) as in the TF and diffusers practice; power function
-2312.02696 eq. 123-127: decay = (1 - 1/n)^(gamma + 1), n counting updates from 1.
+2312.02696 eq. 123-127: decay = (1 - 1/n)^(gamma + 1), n counting updates from 1; ramp 2509.16117.
 """
 
 import math
@@ -36,6 +36,13 @@ def power(std: float = 0.1) -> Callable:
     return lambda n: ((1.0 - 1.0 / n) ** (gamma + 1)).astype(jnp.float32)
 
 
+def ramp(decay: float = 0.5, slope: float = 0.001, delay: int = 0) -> Callable:
+    """min(decay, slope (n - delay)) at update n = 1, 2, ..., and 0 until `delay`: the sampling policy of DiffusionNFT (2509.16117),
+    at first the network itself. The authors have two: the default, and decay 0.999, slope 0.0075, delay 75."""
+    _in_unit("decay", decay)
+    return lambda n: jnp.clip(slope * (n - delay), 0.0, decay).astype(jnp.float32)
+
+
 def _in_unit(name, value):
     if not 0.0 <= value < 1.0:
         raise config.ConfigError(f"ema.{name} = {value} must lie in [0, 1)")
@@ -50,7 +57,7 @@ def gamma_of_std(std: float) -> float:
     return float(np.roots([1, 7, 16 - s, 12 - s]).real.max())
 
 
-DECAYS = {"constant": constant, "warmup": warmup, "power": power}
+DECAYS = {"constant": constant, "warmup": warmup, "power": power, "ramp": ramp}
 
 
 def half_life(decay: Callable, step: int) -> float:

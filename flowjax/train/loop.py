@@ -158,7 +158,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         clock.enter("data")
         batch = mesh_lib.place(next(this.pipeline), this.mesh)
         clock.enter("step", was="data" if pending is None or _ready(pending[1]) else "step")
-        rates = {k: fn(np.float32(step // this.every[k])) for k, fn in rate.items()}
+        rates = {k: fn(np.float32(step // this.every[k] * this.updates[k])) for k, fn in rate.items()}
         state, metrics = compiled[_shape(batch)](state, this.frozen, batch)
         step += 1
         if pending:
@@ -280,7 +280,7 @@ def _content(manifest) -> list[str | None]:
 def _rates(this, steps, until):
     """Learning rates, up to step `until`, of a run of so many steps."""
     sections = {k: (this.config["roles"].get(k) or {}).get("optimizer") or this.config["optimizer"] for k in this.trained}
-    schedules = [optim.schedule_of(section, -(-steps // this.every[k])) for k, section in sections.items()]
+    schedules = [optim.schedule_of(section, -(-steps * this.updates[k] // this.every[k])) for k, section in sections.items()]
     return [np.asarray(s(np.linspace(0, until, 64, dtype=np.float32))).tolist() for s in schedules]
 
 
@@ -377,7 +377,10 @@ def _facts(this, train_step, compiled, state, drawn, rate):
         "data": this.pipeline.manifest,
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},
         "times": {"share of t in each tenth": card.histogram(drawn)} if drawn is not None else "none",
-        "learning rate at step": {k: card.schedule_points(fn, config["steps"]) for k, fn in rate.items()},
+        "learning rate at step": {
+            k: card.schedule_points(lambda n, k=k, fn=fn: fn(n // this.every[k] * this.updates[k]), config["steps"])
+            for k, fn in rate.items()
+        },
         "averages": card.averages(this.averages, config["steps"]) or "none",
         "dtypes": {"parameters": sorted(dtypes), "compute": getattr(this.roles["net"].module, "dtype", "float32")},
         "mesh": {**dict(this.mesh.shape), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "processes": jax.process_count()},

@@ -49,12 +49,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch(batch_size: int, accumulate: int, mesh: Mesh):
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh, updates: int = 1):
     """ConfigError unless every slice of the global batch divides over the devices that hold rows."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or accumulate < 1 or batch_size % (accumulate * rows):
+    if batch_size < 1 or accumulate < 1 or batch_size % (updates * accumulate * rows):
+        name, count = ("updates x ", f"{updates} x ") if updates > 1 else ("", "")
         raise ConfigError(
-            f"batch_size = {batch_size} (global) must be a multiple of accumulate x data x fsdp = {accumulate} x {rows}"
+            f"batch_size = {batch_size} (global) must be a multiple of {name}accumulate x data x fsdp = {count}{accumulate} x {rows}"
         )
 
 

@@ -41,8 +41,12 @@ def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pix
 
 
 def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", input_scaling=None,
-         optimizer=None, every: int = 0):
-    """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace."""
+         optimizer=None, every: int = 0, updates: int = 1):
+    """Where a role's parameters come from; for a second trained role, its network and optimizer; for trained ones, their pace.
+
+    every: an update in every so many steps (0 = as the objective has it). updates: so many in one step, in turn, each on its own
+    slice of what was rolled out.
+    """
 
 
 SECTIONS = {
@@ -140,6 +144,8 @@ def _role(name: str, section) -> dict:
     section = {**{k: p.default for k, p in arguments(role).items()}, **check(role, section, where)}
     if section["every"] < 0:
         raise ConfigError(f"config.{where}.every = {section['every']} should be at least 0")
+    if section["updates"] < 1:
+        raise ConfigError(f"config.{where}.updates = {section['updates']} should be at least 1")
     if section["weights"] != "ema" and not section["checkpoint"]:
         raise ConfigError(f"config.{where}.weights chooses among the weights of {where}.checkpoint, which is missing")
     return section

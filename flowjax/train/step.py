@@ -130,17 +130,22 @@ def make_step(
     seed: int,
     accumulate: int = 1,
     every: Mapping[str, int] | None = None,
+    updates: Mapping[str, int] | None = None,
     mesh=None,
     rules=None,
 ) -> Callable:
     """step(state, frozen, batch) -> (state, metrics).
 
-    transforms: optimizer by player role; averages: name -> (decay(n), role); every: overrides of Player.every. A player whose
+    transforms: optimizer by player role; averages: name -> (decay(n), role); every: overrides of Player.every; updates: how many
+    updates a player makes in turn with one rollout, each on a slice of its own; metrics are their mean. A player whose
     loss or gradients are not finite leaves the whole state as it was and raises the flag metrics["finite"][role], a bool per
     parameter leaf (in tree order; the last entry is the loss), so that the loop can name the culprits without blocking.
     """
-    if objective.whole and accumulate > 1:
-        raise ConfigError(f"accumulate = {accumulate}: this objective compares the rows of a batch with each other, so it cannot be sliced; use 1")
+    updates = {p.role: (updates or {}).get(p.role, 1) for p in objective.players}
+    if objective.whole and max(accumulate, *updates.values()) > 1:
+        names = {"accumulate": accumulate} | {f"roles.{role}.updates": n for role, n in updates.items()}
+        name, count = max(names.items(), key=lambda item: item[1])
+        raise ConfigError(f"{name} = {count}: this objective compares the rows of a batch with each other, so it cannot be sliced; use 1")
     every = {p.role: (every or {}).get(p.role, p.every) for p in objective.players}
 
     def update(player, state, frozen, batch, key):
@@ -158,6 +163,19 @@ def make_step(
         metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         return {**state.params, role: params}, {**state.opt, role: opt}, metrics, finite
 
+    def in_turn(player, state, frozen, batch, key):
+        count = updates[player.role]
+        if count == 1:
+            return update(player, state, frozen, batch, key)
+
+        def one(moved, part):
+            *moved, metrics, finite = update(player, state.replace(params=moved[0], opt=moved[1]), frozen, *part)
+            return tuple(moved), (metrics, finite)
+
+        parts = slices(batch, count), jax.random.split(key, count)
+        moved, (metrics, finite) = jax.lax.scan(one, (state.params, state.opt), parts)
+        return *moved, jax.tree.map(lambda v: jnp.mean(v, 0), metrics), jnp.all(finite, 0)
+
     def body(state: State, frozen, batch):
         key = step_key(seed, state.step)
         start = state
@@ -168,7 +186,7 @@ def make_step(
             key_player = jax.random.fold_in(key, i + 1)
 
             def act(state=state, player=player, key=key_player):
-                return update(player, state, frozen, batch, key)
+                return in_turn(player, state, frozen, batch, key)
 
             if every[player.role] == 1:
                 params, opt, said, ok = act()

@@ -1,0 +1,57 @@
+"""Groups: several samples of one condition, judged by a reward and compared with each other.
+
+Each K neighbouring rows of the global batch are a group, whatever devices they lie on. All that compares rows happens in the
+rollout, which sees the whole batch; a loss finds each row's advantage in the batch and may take the rows in slices.
+"""
+
+import jax.numpy as jnp
+
+from flowjax import rewards
+from flowjax.config import ConfigError
+from flowjax.objectives.base import mean_dims
+
+
+def check(size: int, n: int):
+    """ConfigError unless n rows fall into groups of `size` > 1."""
+    if size < 2 or n % size:
+        raise ConfigError(f"objective.group = {size}: samples are compared in groups of at least 2, which divide the {n} rows of a batch")
+
+
+def first(cond, size: int):
+    """Every row's condition replaced by that of the first of its group."""
+    return {k: jnp.repeat(v[::size], size, axis=0) for k, v in cond.items()}
+
+
+def judged(nets, x, cond, reward):
+    """(weighted sum (B,), {name: (B,)}) of the rewards of samples x, which roles.vae decodes where it takes part."""
+    images = nets["vae"].decode(x) if "vae" in nets else x
+    return rewards.score(reward, images, cond.get("label"), nets.get("reward"))
+
+
+def advantages(reward, size: int, std: str = "group", limit: float = 5.0):
+    """(r - mean of the group) / (standard deviation + 1e-4), clipped to +-limit, (B,).
+
+    std: of the rewards of the "group" (Flow-GRPO's paper), or of the whole "batch" (its code): groups that hardly differ count less.
+    """
+    if std not in ("group", "batch"):
+        raise ConfigError(f"objective.std = {std!r} is unknown; valid: group, batch")
+    if limit <= 0:
+        raise ConfigError(f"objective.limit = {limit} should be positive")
+    grouped = reward.reshape(-1, size)
+    scale = jnp.std(grouped, axis=1, keepdims=True) if std == "group" else jnp.std(reward)
+    return jnp.clip((grouped - jnp.mean(grouped, axis=1, keepdims=True)) / (scale + 1e-4), -limit, limit).reshape(-1)
+
+
+def spread(x, size: int):
+    """Diversity: the standard deviation within the group, mean over dimensions, (B,), the same for all of a group."""
+    return jnp.repeat(mean_dims(jnp.std(x.reshape(-1, size, *x.shape[1:]), axis=1)), size)
+
+
+def metrics(total, each):
+    """The means of what `judged` returns; of each reward, where there are several."""
+    return {"reward": jnp.mean(total)} | {f"reward/{k}": jnp.mean(v) for k, v in each.items() if len(each) > 1}
+
+
+def told(batch):
+    """Metrics of what was rolled out: the rewards, and the diversity within groups."""
+    return {**metrics(batch["reward"], batch["rewards"]), "diversity": jnp.mean(batch["spread"])}
