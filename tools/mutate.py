@@ -52,12 +52,13 @@ TESTS = {
     "flowjax/objectives/dmd.py": ["test_objectives_dmd", "test_objectives_table"],
     "flowjax/objectives/dpo.py": ["test_objectives_dpo", "test_objectives_table"],
     "flowjax/objectives/flow_map.py": ["test_objectives_flow_map", "test_objectives_table"],
-    "flowjax/objectives/flow_matching.py": ["test_objectives_flow_matching", "test_objectives_table"],
+    "flowjax/objectives/flow_matching.py": ["test_objectives_flow_matching", "test_objectives_table", "test_dreambooth"],
     "flowjax/objectives/guidance_distillation.py": ["test_objectives_guidance_distillation", "test_objectives_table"],
     "flowjax/objectives/progressive.py": ["test_objectives_progressive", "test_objectives_table"],
     "flowjax/objectives/vae.py": ["test_objectives_vae", "test_objectives_table"],
     "flowjax/samplers": SAMPLERS,
     "flowjax/samplers/likelihood.py": ["test_likelihood"],
+    "flowjax/train/lora.py": ["test_train_lora"],
 }
 
 OPERATORS = {

@@ -41,8 +41,9 @@ def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pix
 
 
 def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", input_scaling=None,
-         optimizer=None, every: int = 0):
-    """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace."""
+         optimizer=None, every: int = 0, lora=None):
+    """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace; lora (flowjax.train.lora):
+    an adapter is trained of what the checkpoint holds, not all of it."""
 
 
 SECTIONS = {
@@ -142,6 +143,8 @@ def _role(name: str, section) -> dict:
         raise ConfigError(f"config.{where}.every = {section['every']} should be at least 0")
     if section["weights"] != "ema" and not section["checkpoint"]:
         raise ConfigError(f"config.{where}.weights chooses among the weights of {where}.checkpoint, which is missing")
+    if section["lora"] is not None and not section["checkpoint"]:
+        raise ConfigError(f"config.{where}.lora adapts the network of {where}.checkpoint, which is missing")
     return section
 
 
