@@ -49,8 +49,8 @@ def vae(shell, mnist_like):
 def test_every_config_is_tested_here():
     mine = {"mix4", "digits", "digits_ddpm", "digits_edm", "digits_ct", "digits_classifier", "digits_cd", "digits_gd", "digits_dpo", "mnist_vae", "mnist_latent", "emoji_vae"}
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
-    mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut"}
-    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
+    mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_lora", "digits_dreambooth"}
+    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth"}  # the last three in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -215,6 +215,38 @@ def test_digits_dpo(shell, digits):
     assert rows(shell.home / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     out = shell("tools.win_rate", "--checkpoint=dpo", f"--against={digits}", "--count=20", "--steps=2")
     assert 0 <= json.loads(out[out.index("{") : out.rindex("}") + 1])["win_rate"] <= 1
+
+
+def test_digits_lora(shell, digits):
+    config = f"--config={ROOT}/configs/digits_lora.py:smoke"
+    shell("experiments.train", config, "--workdir=lora", f"--config.roles.net.checkpoint={digits}")
+    check_workdir(shell.home / "lora")
+    assert "net, adapted: " in (shell.home / "lora/card.txt").read_text()
+    for layout in ("flowjax", "kohya"):
+        shell("experiments.export", "--workdir=lora", f"--adapter={layout}", f"--out=lora/{layout}")
+    adapters = {
+        "none": [f"--checkpoint={digits}", "--lora=lora:0"], "whole": ["--checkpoint=lora"],
+        "halves": [f"--checkpoint={digits}", "--lora=lora/flowjax:0.5", "--lora=lora/kohya/pytorch_lora_weights.safetensors:0.5"],
+    }  # fmt: skip
+    for name, flags in adapters.items():
+        shell("experiments.sample", *flags, "--count=4", "--steps=2", f"--out=lora/{name}")
+    none, whole, halves = (np.load(shell.home / "lora" / k / "samples.npz") for k in adapters)
+    np.testing.assert_allclose(halves["x"], whole["x"], atol=1e-4)
+    assert np.abs(none["x"] - whole["x"]).max() > 1e-3
+    assert json.loads(str(halves["settings"]))["lora"] == [flag.removeprefix("--lora=") for flag in adapters["halves"][1:]]
+    for checkpoint, adapter, message in ((digits, digits, "holds a whole network, no adapter"), ("lora", "lora", "adapts another base than this")):
+        said = shell("experiments.sample", f"--checkpoint={checkpoint}", f"--lora={adapter}", code=2)
+        assert message in said and "Traceback" not in said
+
+
+def test_digits_dreambooth(shell, digits):
+    made = shell("tools.make_images", f"--checkpoint={digits}", "--labels=3", "--count=12", "--steps=2", "--out=prior")
+    assert "12 images of shape (8, 8, 1) in prior" in made
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_dreambooth.py:smoke:prior", "--workdir=dreambooth",
+        f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "dreambooth")
 
 
 def test_mnist_latents(shell, mnist_like, vae):
