@@ -158,7 +158,6 @@ def test_bad_sections_are_refused(section, message):
 
 # --- runs
 
-QUIET = {"every": 1, "tensorboard": False, "progress": False}
 PATTERN = "^blocks/(attn|mlp)/.*kernel$"
 DIGITS = dict(data={"name": "digits"}, model=DIT, batch_size=8, sample={"steps": 1, "sampler": "euler", "count": 4})
 
@@ -254,13 +253,12 @@ def test_exports_merged_and_alone(base, run, tmp_path):
 def test_a_base_that_is_gone_or_changed_is_an_error(base, run, tmp_path):
     moved = tmp_path / "base"
     shutil.copytree(base, moved)
-    train(config(moved, steps=2), tmp_path / "run")
-    export.load(tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text((run / "config.json").read_text().replace(str(base), str(moved)))
+    same(export.load(tmp_path / "run")[1], export.load(run)[1])
     shutil.rmtree(moved / "checkpoints" / "3")
     with pytest.raises(ConfigError, match="adapts another base than this: .*base as it was"):
         export.load(tmp_path / "run")
-    with pytest.raises(ValueError, match="frozen networks changed"):
-        train(config(moved, steps=2), tmp_path / "run")
     shutil.rmtree(moved)
     with pytest.raises(ConfigError, match="is an adapter, whose base is needed: .*neither an export nor a workdir"):
         export.load(tmp_path / "run")
