@@ -5,8 +5,9 @@
     python -m experiments.train --config=configs/digits_dreambooth.py:data/digits_prior --workdir=runs/digits_dreambooth_0 \\
         --config.objective.prior=0.0                                                    # without: what the class was is forgotten
 
-Half of the rows are the subject's, the others what the network made of the class before; the loss is the sum of their two means. A
-network of captions takes a rare word for the subject; the classes of this one are all in use, so that subject and class share one.
+Half of the rows are the subject's, the others what the network made of the class before; the loss is the sum of their two
+means. A network of captions takes a rare word for the subject; the classes of this one are all in use, so that subject and
+class share one.
 """
 
 from configs import digits_lora

@@ -5,7 +5,8 @@
     python -m experiments.sample --checkpoint=runs/digits --lora=runs/digits_lora:0.5   # half of it; several --lora add up
     python -m experiments.export --workdir=runs/digits_lora --adapter=kohya --out=runs/digits_lora/kohya
 
-The base is found again where it was, and refused where it has changed since. --config.roles.net.lora.dora=True trains magnitudes too.
+The base is found again where it was, and refused where it has changed since. --config.roles.net.lora.dora=True trains
+magnitudes too.
 """
 
 from configs import digits

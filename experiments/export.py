@@ -1,8 +1,8 @@
 """Export: python -m experiments.export --workdir=runs/digits [--out=runs/digits/export --weights=ema --step=2000]
 
 Writes the averaged weights as an orbax checkpoint and as safetensors, with the config that rebuilds the network. For an
-autoencoder the per-channel statistics of its latents over the training data are measured and stored with it. Of a run that trained an
-adapter (roles.net.lora) it writes the merged network, or with --adapter the adapter alone: "flowjax" in a form that
+autoencoder the per-channel statistics of its latents over the training data are measured and stored with it. Of a run that
+trained an adapter (roles.net.lora) it writes the merged network, or with --adapter the adapter alone: "flowjax" in a form that
 experiments.sample --lora reads, "diffusers" or "kohya" in the safetensors layouts of those.
 """
 

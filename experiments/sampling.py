@@ -26,7 +26,8 @@ GRID = flags.DEFINE_string("grid", "", "Step grid: name or section.")
 GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale (classifier-free, or the input of a distilled network), "none", or a section.')
 BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
 LORA = flags.DEFINE_multi_string(
-    "lora", [], "PATH or PATH:WEIGHT of an adapter of this network: a workdir, an export, or a .safetensors file in the layout of diffusers or kohya. Several add up."
+    "lora", [], "PATH or PATH:WEIGHT of an adapter of this network: a workdir, an export, or a .safetensors file of diffusers or kohya. "
+    "Several add up."
 )
 SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "init", "strength", "mask", "steps", "sampler", "grid", "guidance", "count", "seed")
 EACH = 4  # samples of each prompt

@@ -1,4 +1,5 @@
-"""Adapters in the files of diffusers and kohya: what a file says of each of their matrices is what the merged network's state dict says."""
+"""Adapters in the files of diffusers and kohya: what a file says of each of their matrices is what the merged network's state
+dict says."""
 
 import functools
 import json
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     refused("scales its kernels differently", **{key + "alpha": np.float32(9)})
     refused("no part of an adapter", **{key + "diff": wide})
     left = {k: None for k in state if k.startswith("lora_unet_blocks_0_mlp")}
-    refused("does not adapt all layers alike, and those of blocks are one parameter here", **left)
+    refused("does not adapt all layers alike, and blocks are one parameter here", **left)
     _, flux_net, flux_params, other, chosen = case("flux", dora=True)
     with pytest.raises(ConfigError, match="DoRA of it cannot be exchanged"):
         interop.to_file(flux_net, flux_params, other, chosen, "diffusers")

@@ -29,9 +29,9 @@ def main():
     x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
     said = {"caption": prompts} if prompts else {k: np.asarray(v) for k, v in cond.items()}
     rows = (("train", f"image {i}", {"image": x[i], **{k: v[i] for k, v in said.items()}}) for i in range(count))
-    source = {"images": {"checkpoint": str(checkpoint), "step": info["step"], "weights": info["weights"], "seed": seed, **sampling.told(chosen)}}
+    source = {"checkpoint": str(checkpoint), "step": info["step"], "weights": info["weights"], "seed": seed, **sampling.told(chosen)}
     classes = info["num_classes"] if "label" in said else 0
-    made = records.write(OUT.value, rows, name="images", num_classes=classes, source=source, overwrite=OVERWRITE.value)
+    made = records.write(OUT.value, rows, name="images", num_classes=classes, source={"images": source}, overwrite=OVERWRITE.value)
     print(f"{made['splits']['train']['count']} images of shape {tuple(made['image_shape'])} in {OUT.value}")
     return 0
 

@@ -224,7 +224,8 @@ class _Part:
 
 
 def _subset(source, classes, limit: int):
-    """The source with the examples of some classes alone (all, if there are none), and with no more than `limit` of them (0: all)."""
+    """The source with the examples of some classes alone (all, if there are none), and with no more than `limit` of them (0:
+    all)."""
     name, count = source.manifest["name"], source.manifest["num_classes"]
     if source.endless:
         raise ConfigError(f"data.classes and data.limit choose among the examples of a finite data set; {name} is endless")
@@ -239,7 +240,8 @@ def _subset(source, classes, limit: int):
     rows = rows[: limit or None]
     if not len(rows):
         raise DataError(f"{name} has no example of data.classes = {tuple(classes)}")
-    return dataclasses.replace(source, manifest=source.manifest | {"count": len(rows)}, read=lambda indices: source.read(rows[indices]))
+    manifest = source.manifest | {"count": len(rows)}
+    return dataclasses.replace(source, manifest=manifest, read=lambda indices: source.read(rows[indices]))
 
 
 def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -377,8 +379,8 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...], bool]:
     sections, weights, prior = mixture(**check(mixture, settings, "data"))
     if not sections or len(weights) != len(sections) or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"data.weights = {weights} must be {len(sections)} positive numbers, one for each of data.parts")
-    if wrong := [i for i in prior if i not in range(len(sections))] or len({*prior}) == len(sections):
-        raise ConfigError(f"data.prior = {prior} must be numbers of some of the {len(sections)} data.parts, from 0, not of all (wrong: {wrong})")
+    if not {*prior} < {*range(len(sections))}:
+        raise ConfigError(f"data.prior = {prior} must be numbers of some of the {len(sections)} data.parts, from 0, not of all")
     parts = _opened(sections, split)
     for i in prior:
         parts[i].prior = True
@@ -447,10 +449,11 @@ def pipeline(
     """The batches of a data section.
 
     **Arguments:** `section` has the name of a source (flowjax.data.sources.SOURCES), its settings, and pad, resize, flip; or
-    name "mixture" with `parts` (sections), `weights` and `prior`, the numbers of the parts whose rows are marked in batch["prior"]; or name "buckets" with the `path` of a data set whose images differ in
-    size: each batch is of one bucket, and every image is shown once before any of its bucket is shown again. `batch_size` is
-    global; a process gets batch_size / process_count rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch, without the
-    rows that do not fill a batch. `start` is the number of the first batch.
+    name "mixture" with `parts` (sections), `weights` and `prior`, the numbers of the parts whose rows are marked in
+    batch["prior"]; or name "buckets" with the `path` of a data set whose images differ in size: each batch is of one bucket,
+    and every image is shown once before any of its bucket is shown again. `batch_size` is global; a process gets batch_size /
+    process_count rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch,
+    without the rows that do not fill a batch. `start` is the number of the first batch.
 
     **Errors:** ConfigError for settings, DataError (one of them) for data.
     """

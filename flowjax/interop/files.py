@@ -154,8 +154,8 @@ def write(folder, stem: str, state: Mapping[str, np.ndarray], dtype: str = "floa
 
 
 def packed(state: Mapping[str, np.ndarray], words: Mapping[str, str]) -> bytes:
-    """A safetensors file of float32 tensors and header words, always the same for the same content: the library's own has the words in
-    any order."""
+    """A safetensors file of float32 tensors and header words, always the same for the same content: the library's own has the
+    words in any order."""
     header, parts, end = {"__metadata__": dict(sorted(words.items()))}, [], 0
     for key in sorted(state):
         parts.append(np.ascontiguousarray(state[key], np.dtype("<f4")).tobytes())

@@ -5,13 +5,14 @@
 | "diffusers" | transformer.<module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector           | header, else the rank    |
 | "kohya"     | lora_unet_<module>.lora_down.weight, .lora_up.weight, .dora_scale; dots as "_"       | lora_unet_<module>.alpha |
 
-Modules are named as diffusers names them ("unet." in the place of "transformer." for a U-Net; peft's own "base_model.model." is read
-as well), or, for kohya's scripts and ComfyUI, as the models' own code does: FLUX.1's, SD3's, and the papers' DiT's. Theirs are (r, in)
-and (out, r), and (r, in, height, width) and (out, r, 1, 1) of convolutions, which patch embeddings are there.
+Modules are named as diffusers names them ("unet." in the place of "transformer." for a U-Net; peft's own "base_model.model." is
+read as well), or, for kohya's scripts and ComfyUI, as the models' own code does: FLUX.1's, SD3's, and the papers' DiT's. Theirs
+are (r, in) and (out, r), and (r, in, height, width) and (out, r, 1, 1) of convolutions, which patch embeddings are there.
 
-The models' own code holds as one matrix what we have as several: q, k and v; q, k, v and the MLP's first of FLUX's single blocks. Of
-such a matrix the parts have a common A, or, where ours differ, all of them one below the other and a block-diagonal B of n times the
-rank and alpha. In the same way FLUX's single blocks have one matrix for the outputs of attention and MLP, whose parts share B.
+The models' own code holds as one matrix what we have as several: q, k and v; q, k, v and the MLP's first of FLUX's single
+blocks. Of such a matrix the parts have a common A, or, where ours differ, all of them one below the other and a block-diagonal
+B of n times the rank and alpha. In the same way FLUX's single blocks have one matrix for the outputs of attention and MLP,
+whose parts share B.
 """
 
 import itertools
@@ -34,7 +35,9 @@ from flowjax.models.unet import UNet
 from flowjax.train.lora import Lora, parts
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+PATCHES = "x_embed/kernel"
 HEADER = "lora_adapter_metadata"
+ONE_NORM = "{} is one matrix there, whose outputs have one norm, and several here: DoRA of it cannot be exchanged"
 LEAVES = {
     "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
     "kohya": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"},
@@ -84,8 +87,11 @@ FLUX = {
     r"proj_out": "final_layer.linear",
 }
 SD3 = {
-    **{rf"transformer_blocks\.(\d+)\.attn(2?)\.to_{x}": rf"joint_blocks.\1.x_block.attn\2.qkv#{i}/3" for i, x in enumerate("qkv")},
-    **{rf"transformer_blocks\.(\d+)\.attn\.add_{x}_proj": rf"joint_blocks.\1.context_block.attn.qkv#{i}/3" for i, x in enumerate("qkv")},
+    **{
+        rf"transformer_blocks\.(\d+)\.{theirs.format(x)}": rf"joint_blocks.\1.{own}.qkv#{i}/3"
+        for theirs, own in ((r"attn(2?)\.to_{}", r"x_block.attn\2"), (r"attn\.add_{}_proj", "context_block.attn"))
+        for i, x in enumerate("qkv")
+    },
     r"transformer_blocks\.(\d+)\.attn(2?)\.to_out\.0": r"joint_blocks.\1.x_block.attn\2.proj",
     r"transformer_blocks\.(\d+)\.attn\.to_add_out": r"joint_blocks.\1.context_block.attn.proj",
     r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"joint_blocks.\1.x_block.mlp.fc1",
@@ -162,12 +168,13 @@ class Names(NamedTuple):
 
 NAMES = {
     DiT: Names(
-        "transformer", {"diffusers": _dit_diffusers, "kohya": _dit_kohya}, lambda net: {"blocks": range(net.depth)} if net.scan else {}, True
+        "transformer", {"diffusers": _dit_diffusers, "kohya": _dit_kohya},
+        lambda net: {"blocks": range(net.depth)} if net.scan else {}, True,
     ),
     MMDiT: Names("transformer", {"diffusers": _mmdit_diffusers, "kohya": _own(_mmdit_diffusers, SD3)}, mmdit.groups, True),
     Flux: Names("transformer", {"diffusers": _flux_diffusers, "kohya": _own(_flux_diffusers, FLUX)}, flux.groups),
     UNet: Names("unet", {"diffusers": _unet_place, "kohya": _unet_place}),
-}
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -180,7 +187,8 @@ class Part(NamedTuple):
 
 def _names(net) -> Names:
     if type(net) not in NAMES:
-        raise ConfigError(f"adapters of {type(net).__name__} have no names elsewhere; there are some of {', '.join(k.__name__ for k in NAMES)}")
+        known = ", ".join(k.__name__ for k in NAMES)
+        raise ConfigError(f"adapters of a {type(net).__name__} have no names elsewhere; those of these have: {known}")
     return NAMES[type(net)]
 
 
@@ -198,14 +206,15 @@ def _rolled(net, tree, where):
         layers = {i: tree[f"block_{i}"] for i in numbers if f"block_{i}" in tree}
         shapes = [jax.tree.map(np.shape, layer) for layer in layers.values()]
         if layers and (len(layers) < len(numbers) or any(s != shapes[0] for s in shapes)):
-            raise ConfigError(f"{where} does not adapt all layers alike, and those of {name} are one parameter here: set model.scan = False")
+            raise ConfigError(f"{where} does not adapt all layers alike, and {name} are one parameter here: set model.scan = False")
         if layers:
             tree = dit.stack(tree, name, numbers)
     return tree
 
 
 def _theirs(kernel, patch: int):
-    """(…, in, out) as torch has it: (out, in) or (out, in, height, width); patch > 0: of a flat kernel that is a convolution there."""
+    """(…, in, out) as torch has it: (out, in) or (out, in, height, width); patch > 0: of a flat kernel that is a convolution
+    there."""
     if patch:
         kernel = kernel.reshape(patch, patch, -1, kernel.shape[-1])
     return np.ascontiguousarray(kernel.transpose(kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2)))
@@ -256,7 +265,7 @@ def _joined(found: list[Part], axis: str, module: str) -> Part:
             return Part(downs[0], np.concatenate(ups), magnitude)
         return Part(np.concatenate(downs), _block_diagonal(ups), magnitude)
     if magnitudes[0] is not None:
-        raise ConfigError(f"{module} is one matrix there, whose outputs have one norm, and several here: DoRA of it cannot be exchanged")
+        raise ConfigError(ONE_NORM.format(module))
     if _same(ups):
         return Part(np.concatenate(downs, axis=1), ups[0], None)
     return Part(_block_diagonal(downs), np.concatenate(ups, axis=1), None)
@@ -267,7 +276,7 @@ def _cut(part: Part, axis: str, sizes: list[int], module: str) -> list[Part]:
     ends = np.cumsum(sizes)[:-1]
     n, rank = len(sizes), part.down.shape[0]
     if axis == "in" and part.magnitude is not None:
-        raise ConfigError(f"{module} is one matrix there, whose outputs have one norm, and several here: DoRA of it cannot be exchanged")
+        raise ConfigError(ONE_NORM.format(module))
     cut, whole = (part.up, part.down) if axis == "out" else (part.down.T, part.up.T)  # (size, r) in parts, (r, other)
     pieces = np.split(cut, ends)
     wholes = [whole] * n
@@ -300,8 +309,10 @@ def to_file(net, params, adapter, lora: Lora, layout: str) -> tuple[dict[str, np
         if not (mine := [path for path, _ in group if path in own]):
             continue
         if len(mine) < len(group):
-            raise ConfigError(f"{', '.join(path for path, _ in group)} are one matrix in the layout of {layout}: adapt all of them or none")
-        found = [_part_of(own[path], base[path], place, path == "x_embed/kernel" and names.patches and net.patch) for path, place in group]
+            all_ = ", ".join(path for path, _ in group)
+            raise ConfigError(f"{all_} are one matrix in the layout of {layout}: adapt all of them or none")
+        patch = net.patch if names.patches and mine == [PATCHES] else 0
+        found = [_part_of(own[path], base[path], place, patch) for path, place in group]
         part = found[0] if len(found) == 1 else _joined(found, group[0][1].axis, module)
         ranks[module] = part.down.shape[0]
         tensors |= _named(part, module, layout, _alpha(lora, ranks[module]), names.prefix)
@@ -339,8 +350,8 @@ def _header(ranks, lora, layout, prefix) -> dict[str, str]:
         return {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha}
     odd = {k: v for k, v in ranks.items() if v != lora.rank}
     told = {
-        "peft_type": "LORA", "r": lora.rank, "lora_alpha": _alpha(lora, lora.rank), "use_dora": lora.dora, "target_modules": sorted(ranks),
-        "rank_pattern": odd, "alpha_pattern": {k: _alpha(lora, v) for k, v in odd.items()},
+        "peft_type": "LORA", "r": lora.rank, "lora_alpha": _alpha(lora, lora.rank), "use_dora": lora.dora,
+        "target_modules": sorted(ranks), "rank_pattern": odd, "alpha_pattern": {k: _alpha(lora, v) for k, v in odd.items()},
     }  # fmt: skip
     return {"format": "pt", HEADER: json.dumps({f"{prefix}.{k}": v for k, v in told.items()}, indent=2, sort_keys=True)}
 
@@ -367,7 +378,8 @@ def read(file, net, params):
         modules.setdefault(key.removesuffix(f".{leaves[leaf]}"), {})[leaf] = np.asarray(value, np.float32)
     called = _called(net, layout, [k for k in base if k.endswith("kernel")])
     if strange := sorted(modules.keys() - called.keys()):
-        raise ConfigError(f"{file} adapts {', '.join(strange[:4])}{' ...' * (len(strange) > 4)}, which a {type(net).__name__} of this size lacks")
+        some = ", ".join(strange[:4]) + " ..." * (len(strange) > 4)
+        raise ConfigError(f"{file} adapts {some}, which a {type(net).__name__} of this size lacks")
     alphas = _alphas(header, layout, names.prefix)
     made, scales, ranks = {}, [], set()
     for name, found in modules.items():
@@ -377,23 +389,25 @@ def read(file, net, params):
         rank = found["down"].shape[0]
         alpha = found["alpha"].item() if "alpha" in found else alphas(module, rank)
         scales.append((alpha, rank))
-        magnitude = found.get("magnitude")
-        part = Part(found["down"], found["up"].reshape(found["up"].shape[:2]), None if magnitude is None else magnitude.reshape(-1))
+        up, magnitude = found["up"], found.get("magnitude")
+        part = Part(found["down"], up.reshape(up.shape[:2]), None if magnitude is None else magnitude.reshape(-1))
         sizes = [base[path].shape[-1 if place.axis == "out" else -2] for path, place in group]
         pieces = [part]
         if len(group) > 1:
             wanted = part.up.shape[0] if group[0][1].axis == "out" else part.down.shape[1]
             if wanted != sum(sizes):
-                raise ConfigError(f"{file}: {name} has {wanted} rows or columns, not the {' + '.join(map(str, sizes))} of {group[0][0]} ...")
+                needed = " + ".join(map(str, sizes))
+                raise ConfigError(f"{file}: {name} has {wanted} rows or columns, not the {needed} of {group[0][0]} ...")
             pieces = _cut(part, group[0][1].axis, sizes, module)
         for (path, place), piece in zip(group, pieces, strict=True):
-            flat = path == "x_embed/kernel" and names.patches
+            flat = path == PATCHES and names.patches
             up, m = piece.up, piece.magnitude
             if place.swapped:
                 up, m = (v if v is None else np.concatenate(np.split(v, 2)[::-1]) for v in (up, m))
             down = _ours(piece.down, flat)
             if (*down.shape[:-1], up.shape[0]) != base[path].shape:
-                raise ConfigError(f"{file}: {name} adapts a kernel of shape {(*down.shape[:-1], up.shape[0])}, and {path} is {base[path].shape}")
+                other = *down.shape[:-1], up.shape[0]
+                raise ConfigError(f"{file}: {name} adapts a kernel of shape {other}, and {path} is {base[path].shape}")
             made |= {f"{path}/down": down, f"{path}/up": np.ascontiguousarray(up.T)}
             ranks.add(down.shape[-1])
             if m is not None:
@@ -401,7 +415,7 @@ def read(file, net, params):
     if not scales:
         raise ConfigError(f"{file} holds no adapter")
     if odd := [s for s in scales if not np.isclose(s[0] * scales[0][1], scales[0][0] * s[1])]:
-        raise ConfigError(f"{file} scales its kernels differently, and here an adapter has one alpha / rank: {scales[0]} and {odd[0]}")
+        raise ConfigError(f"{file} scales its kernels differently, and an adapter has one alpha / rank here: {scales[0]}, {odd[0]}")
     rank, dora = max(ranks), any(k.endswith("/magnitude") for k in made)
     tree = _rolled(net, traverse_util.unflatten_dict(made, sep="/"), file)
     pattern = "^(" + "|".join(sorted(re.escape(path) for path in parts(tree))) + ")$"

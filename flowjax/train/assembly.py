@@ -294,7 +294,8 @@ class Run:
                 base, at = self.loaded[name][0], sharding.param_specs(whole[name], self.mesh, self.rules)
                 same_shapes(base, meta.unbox(whole[name]), f"roles.{name}.checkpoint")
                 self.frozen[name] = jax.tree.map(put, base, at)
-                self._merge[name] = jax.jit(lambda params, base, role=self.roles[name]: role.whole(params, base), out_shardings=at)
+                merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
+                self._merge[name] = jax.jit(merge, out_shardings=at)
 
     def whole(self, name: str, params):
         """The parameters of a trained role's network, of which `params` are trained or averaged (flowjax.train.roles.Role)."""

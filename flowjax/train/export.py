@@ -6,8 +6,8 @@
     export/vae/, export/text/ exports of the frozen autoencoder and text encoder that the network works with
     export/tokenizer.json     the tokenizer's file, where captions are tokenised by one
 
-The export of an adapter (flowjax.train.lora) holds the adapter alone; config.json says where its base is, with a hash of it, as the
-workdir of its training does.
+The export of an adapter (flowjax.train.lora) holds the adapter alone; config.json says where its base is, with a hash of it, as
+the workdir of its training does.
 """
 
 import dataclasses
@@ -64,7 +64,8 @@ def role_of(info: dict, where: str):
 
 
 def abstract(role, info: dict):
-    """Shapes of the role's parameters, or of its adapter, placed on one device (on all, replicated, when there are several processes)."""
+    """Shapes of the role's parameters, or of its adapter, placed on one device (on all, replicated, when there are several
+    processes)."""
     from flax.core import meta
 
     if jax.process_count() == 1:
@@ -104,8 +105,10 @@ def base_of(path, info, where: str = "checkpoint"):
 
 def same_base(info, base, where: str):
     """ConfigError unless these are the parameters that the adapter of this info was trained on."""
-    if (was := info["lora"]["base"]["fingerprint"]) != (now := ck.fingerprint(base)):
-        raise ConfigError(f"{where} adapts another base than this: {info['lora']['base']['checkpoint']} as it was (hash {was}, not {now})")
+    was, now = info["lora"]["base"], ck.fingerprint(base)
+    if was["fingerprint"] != now:
+        told = f"{was['checkpoint']} as it was (hash {was['fingerprint']}, not {now})"
+        raise ConfigError(f"{where} adapts another base than this: {told}")
 
 
 def stored(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
@@ -177,11 +180,13 @@ def tokenizer_of(path, info):
     return found
 
 
-def export(source, out, weights: str = "ema", step: int | None = None, latents=None, posthoc_std: float = 0.0, adapter: bool = False):
+def export(
+    source, out, weights: str = "ema", step: int | None = None, latents=None, posthoc_std: float = 0.0, adapter: bool = False
+):
     """Export a workdir's network (and the frozen networks it works with) to `out`. Returns the info written.
 
-    latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents. adapter: not the network, but the adapter
-    that was trained of it.
+    latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents. adapter: not the network, but the
+    adapter that was trained of it.
     """
     role, params, info = (stored if adapter else load)(source, weights, step, posthoc_std=posthoc_std)
     if adapter and role.lora is None:
@@ -208,7 +213,8 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
 
 
 def adapted(role, params, info, adapters, where: str = "--lora"):
-    """(params, info) of a network with adapters on it: (name, tree, Lora, info or None, weight) each, the info of one that knows its base.
+    """(params, info) of a network with adapters on it: (name, tree, Lora, info or None, weight) each, the info of one that
+    knows its base.
 
     What each changes is added, times its weight. ConfigError where one was trained on another network.
     """
@@ -216,9 +222,11 @@ def adapted(role, params, info, adapters, where: str = "--lora"):
         lora.check_fit(params, tree, f"{where}={name}")
         if its_info is not None:
             same_base(its_info, params, f"{where}={name}")
-    merged = jax.jit(lambda params, trees: lora.merge(params, [(t, a[2].scale, a[4]) for t, a in zip(trees, adapters, strict=True)]))
-    told = "+".join([str(info["weights"]), *(f"{weight:g}*{name}" for name, *_, weight in adapters)])
-    return merged(params, [a[1] for a in adapters]), {**info, "weights": told}
+    names, trees, loras, _, weights = zip(*adapters, strict=True)
+    scales = [made.scale for made in loras]
+    merged = jax.jit(lambda params, trees: lora.merge(params, zip(trees, scales, weights, strict=True)))
+    told = "+".join([str(info["weights"]), *(f"{w:g}*{name}" for name, w in zip(names, weights, strict=True))])
+    return merged(params, trees), {**info, "weights": told}
 
 
 def identity(params, info) -> str:

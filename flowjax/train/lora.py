@@ -1,16 +1,17 @@
 """Low-rank adapters of any network's kernels: LoRA (2106.09685) and DoRA (2402.09353), as functions of parameter trees.
 
     D = (alpha / r) A B,    W = W0 + D                                        LoRA
-                            W = m (W0 + D) / ||W0 + D||, m per output         DoRA; no gradient through the norm (its sec. 4.3)
+                            W = m (W0 + D) / ||W0 + D||, m per output         DoRA; no gradient through the norm
 
-Kernels are (in, out) here, so A is (in, r) and B is (r, out): the transposes of the papers'. The kernel of a convolution is (height,
-width, in, out) and its adapter two convolutions, A (height, width, in, r) and B (r, out). Layers that are scanned have one more axis
-in front, and each its own A and B. What is stored beside "down" (A) and "up" (B) is "magnitude", m - ||W0||. It begins at zero like B,
-so that the change of a kernel is exactly zero at first, whatever a compiler does with norms.
+Kernels are (in, out) here, so A is (in, r) and B is (r, out): the transposes of the papers'. The kernel of a convolution is
+(height, width, in, out) and its adapter two convolutions, A (height, width, in, r) and B (r, out). Layers that are scanned have
+one more axis in front, and each its own A and B. What is stored beside "down" (A) and "up" (B) is "magnitude", m - ||W0||. It
+begins at zero like B, so that the change of a kernel is exactly zero at first, whatever a compiler does with norms.
 
-An adapter is a tree like the network's own, with {"down", "up"[, "magnitude"]} in the place of each adapted kernel. `merge` adds it to
-the frozen base within the train step. So no network has to know of adapters, what is sampled is what was trained, and a kernel's
-gradient exists for a moment before it becomes those of A and B; what is saved is the optimizer's state and the averages.
+An adapter is a tree like the network's own, with {"down", "up"[, "magnitude"]} in the place of each adapted kernel. `merge`
+adds it to the frozen base within the train step. So no network has to know of adapters, what is sampled is what was trained,
+and a kernel's gradient exists for a moment before it becomes those of A and B; what is spared is the optimizer's state, the
+averages and most of a checkpoint.
 """
 
 import dataclasses
@@ -30,7 +31,8 @@ LEAST = 1e-30  # of a squared norm: an output whose kernel is zero has no direct
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """pattern: regular expression that finds the paths of the adapted kernels; rank r; alpha: 0 stands for r; dora: with magnitudes."""
+    """pattern: regular expression that finds the paths of the adapted kernels; rank r; alpha: 0 stands for r; dora: with
+    magnitudes."""
 
     pattern: str
     rank: int
@@ -45,8 +47,8 @@ class Lora:
     def init(self, key, boxed, where: str = "lora"):
         """The boxed adapter (with logical axis names) of a network with these boxed parameters, arrays or shapes.
 
-        A is uniform with the variance 1 / (3 in) of the reference implementation (its "kaiming_uniform"), B and m - ||W0|| are zero.
-        ConfigError unless the pattern finds kernels, and only these.
+        A is uniform with the variance 1 / (3 in) of the reference implementation (its "kaiming_uniform"), B and m - ||W0|| are
+        zero. ConfigError unless the pattern finds kernels, and only these.
         """
         made = {}
         for i, (path, leaf) in enumerate(self._kernels(boxed, where).items()):
@@ -72,7 +74,8 @@ class Lora:
         if not found:
             raise ConfigError(f"{where}.pattern = {self.pattern!r} finds no parameter; what can be adapted: {some}")
         if wrong := [k for k in found if k not in kernels]:
-            raise ConfigError(f"{where}.pattern = {self.pattern!r} finds {', '.join(wrong[:4])}, no matrix; what can be adapted: {some}")
+            none = ", ".join(wrong[:4])
+            raise ConfigError(f"{where}.pattern = {self.pattern!r} finds {none}, no matrix; what can be adapted: {some}")
         return {k: flat[k] for k in found}
 
 
@@ -116,7 +119,8 @@ def change(kernel, part, scale: float):
 
 
 def merge(params, adapters: Iterable[tuple]):
-    """The parameters with adapters (tree, scale, weight) added to them: W0 + sum of weight (W_i - W0), each W_i as if it were alone.
+    """The parameters with adapters (tree, scale, weight) added to them: W0 + sum of weight (W_i - W0), each W_i as if it were
+    alone.
 
     Kernels that no adapter names are passed on untouched, and with up = 0 and magnitude = 0 all are bitwise what they were.
     """
@@ -135,5 +139,5 @@ def check_fit(params, adapter, where: str):
         down, up = part["down"].shape, part["up"].shape
         found = flat[path].shape if path in flat else None
         if found != (*down[:-1], up[-1]):
-            wanted = f"of shape {(*down[:-1], up[-1])}"
-            raise ConfigError(f"{where} adapts {path} {wanted}, and the network has {'none' if found is None else f'{found} there'}")
+            has = "none" if found is None else f"{found} there"
+            raise ConfigError(f"{where} adapts {path} of shape {(*down[:-1], up[-1])}, and the network has {has}")

@@ -64,8 +64,9 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """module + meaning. `scaling` is that of models.denoiser; `latents` holds an exported autoencoder's {"mean", "std"}; with `lora`
-    (flowjax.train.lora) what is trained, averaged and stored of it is an adapter, and the network's own parameters are frozen."""
+    """module + meaning. `scaling` is that of models.denoiser; `latents` holds an exported autoencoder's {"mean", "std"}; with
+    `lora` (flowjax.train.lora) what is trained, averaged and stored of it is an adapter, and the network's own parameters are
+    frozen."""
 
     module: nn.Module
     path: paths.Path | None = None
@@ -75,7 +76,8 @@ class Role:
     lora: lora_lib.Lora | None = None
 
     def whole(self, params, base=None):
-        """The network's parameters, whose trained ones are `params`: these, or those of `base` with the adapter `params` in them."""
+        """The network's parameters, whose trained ones are `params`: these, or those of `base` with the adapter `params` in
+        them."""
         return params if self.lora is None else lora_lib.merge(base, [(params, self.lora.scale, 1.0)])
 
     def trained(self, key, boxed, where: str = "lora"):

@@ -42,8 +42,8 @@ def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pix
 
 def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", input_scaling=None,
          optimizer=None, every: int = 0, lora=None):
-    """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace; lora (flowjax.train.lora):
-    an adapter is trained of what the checkpoint holds, not all of it."""
+    """Where a role's parameters come from, and, for a second trained role, its network, optimizer and pace; lora
+    (flowjax.train.lora): an adapter is trained of what the checkpoint holds, not all of it."""
 
 
 SECTIONS = {
