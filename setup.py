@@ -46,6 +46,6 @@ setup(
         "plan": ["libtpu>=0.0.42,<0.0.43"],
         "test": ["pytest>=8", "pytest-xdist>=3.7", "diffrax>=0.7", "tokenizers>=0.20"],
         # Independent implementations that tests compare with; torch must be a CPU build without torchvision.
-        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "torchmetrics==1.9.0", "transformers==5.23.0"],
+        "oracle": ["torch==2.13.0", "diffusers==0.42.1", "torchmetrics==1.9.0", "transformers==5.23.0", "peft==0.21.2"],
     },
 )

@@ -110,10 +110,10 @@ def measure_samples(role, params, info, section, checkpoint):
 def main():
     runtime.setup()
     from flowjax.evals import protocol
-    from flowjax.train import export, files
+    from flowjax.train import files
 
-    checkpoint, weights = sampling.CHECKPOINT.value, sampling.WEIGHTS.value
-    role, params, info = export.load(checkpoint, weights)
+    checkpoint = sampling.CHECKPOINT.value
+    role, params, info = sampling.load()
     section = info["config"]["evaluate"]
     if DATA.value:
         other = shell.section(DATA.value, "data")
@@ -127,7 +127,7 @@ def main():
         **circumstances, ema=None if info["weights"] == "params" else info["weights"], checkpoint_step=info["step"],
         checkpoint=str(checkpoint), results=results,
     )  # fmt: skip
-    name = f"evaluation-{info['weights']}-{info['step']}-{protocol.digest(circumstances)}.json"
+    name = f"evaluation-{info['weights'].replace('/', '_')}-{info['step']}-{protocol.digest(circumstances)}.json"
     path = files.path(RECORD.value) if RECORD.value else files.path(checkpoint) / name
     record.write(path)
     print(json.dumps(results, indent=1))

@@ -2,6 +2,8 @@
 
     python -m experiments.sample --checkpoint=<export or workdir> --prompt="red heart" --prompt="a cat face" [--negative=... --size=64x96]
 
+    python -m experiments.sample --checkpoint=<base> --lora=runs/digits_lora:0.7 --lora=style.safetensors
+
 Settings not given come from the run's config. Writes grid.png and samples.npz (x in [-1, 1], label or prompt, settings).
 """
 
@@ -19,10 +21,10 @@ OUT = flags.DEFINE_string("out", "runs/samples", "Directory for grid.png and sam
 
 def main():
     runtime.setup()
-    from flowjax.train import export, generator, pictures
+    from flowjax.train import generator, pictures
 
     checkpoint = sampling.CHECKPOINT.value
-    role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
+    role, params, info = sampling.load()
     section = info["config"]["sample"]
     seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
     chosen = sampling.options(info)

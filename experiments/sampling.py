@@ -25,8 +25,40 @@ SAMPLER = flags.DEFINE_string("sampler", "", 'Name, or a section such as "{\'nam
 GRID = flags.DEFINE_string("grid", "", "Step grid: name or section.")
 GUIDANCE = flags.DEFINE_string("guidance", "", 'Scale (classifier-free, or the input of a distilled network), "none", or a section.')
 BATCH = flags.DEFINE_integer("batch", 0, "Samples per call, which does not change them; 0: as in the run's config.", lower_bound=0)
+LORA = flags.DEFINE_multi_string(
+    "lora", [], "PATH or PATH:WEIGHT of an adapter of this network: a workdir, an export, or a .safetensors file of diffusers or kohya. "
+    "Several add up."
+)
 SAMPLING = ("labels", "prompt", "prompts", "negative", "size", "init", "strength", "mask", "steps", "sampler", "grid", "guidance", "count", "seed")
 EACH = 4  # samples of each prompt
+
+
+def load():
+    """(role, params, info) of --checkpoint with the adapters of --lora."""
+    from flowjax.train import export
+
+    role, params, info = export.load(CHECKPOINT.value, WEIGHTS.value)
+    if LORA.value:
+        params, info = export.adapted(role, params, info, [adapter(text, role, params) for text in LORA.value])
+    return role, params, info
+
+
+def adapter(text: str, role, params) -> tuple:
+    """(name, tree, Lora, info or None, weight) of one --lora, as export.adapted takes it."""
+    from flowjax.interop import lora
+    from flowjax.train import export
+
+    name, _, weight = text.rpartition(":")
+    try:
+        weight = float(weight)
+    except ValueError:
+        name, weight = text, 1.0
+    if name.endswith(".safetensors"):
+        return name, *lora.read(name, role.module, params), None, weight
+    its, tree, info = export.stored(name, where="--lora")
+    if its.lora is None:
+        raise ConfigError(f"--lora={name} holds a whole network, no adapter")
+    return name, tree, its.lora, info, weight
 
 
 def guidance(text: str, info: dict):
@@ -54,7 +86,7 @@ def options(info: dict) -> dict:
 
 def told(chosen: dict) -> dict:
     """`options` for the record: files by their names."""
-    return {k: v for k, v in chosen.items() if k != "edit"} | {f.name: f.value for f in (INIT, STRENGTH, MASK) if f.value}
+    return {k: v for k, v in chosen.items() if k != "edit"} | {f.name: f.value for f in (INIT, STRENGTH, MASK, LORA) if f.value}
 
 
 def size(text: str) -> tuple[int, int]:

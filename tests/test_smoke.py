@@ -51,7 +51,8 @@ def test_every_config_is_tested_here():
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
     mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_grpo", "digits_refl", "digits_nft"}
     mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
-    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip"}  # the last two in test_smoke_text
+    mine |= {"digits_lora", "digits_dreambooth"}
+    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth"}  # the last three in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -291,6 +292,38 @@ def test_digits_nft(shell, digits):
         f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
     )  # fmt: skip
     check_workdir(shell.home / "nft")
+
+
+def test_digits_lora(shell, digits):
+    config = f"--config={ROOT}/configs/digits_lora.py:smoke"
+    # All kernels, and a rate that shows: of a base that has seen four steps the blocks' gates are still shut.
+    strong = ("--config.roles.net.lora.pattern=kernel$", "--config.optimizer.schedule.rate=0.05")
+    shell("experiments.train", config, "--workdir=lora", f"--config.roles.net.checkpoint={digits}", *strong)
+    check_workdir(shell.home / "lora")
+    assert "net, adapted: " in (shell.home / "lora/card.txt").read_text()
+    shell("experiments.export", "--workdir=lora", "--adapter=kohya", "--out=lora/kohya")
+    adapters = {
+        "none": [f"--checkpoint={digits}", "--lora=lora:0"], "whole": ["--checkpoint=lora"],
+        "halves": [f"--checkpoint={digits}", "--lora=lora:0.5", "--lora=lora/kohya/pytorch_lora_weights.safetensors:0.5"],
+    }  # fmt: skip
+    for name, flags in adapters.items():
+        shell("experiments.sample", *flags, "--count=4", "--steps=2", f"--out=lora/{name}")
+    none, whole, halves = (np.load(shell.home / "lora" / k / "samples.npz") for k in adapters)
+    np.testing.assert_allclose(halves["x"], whole["x"], atol=1e-4)
+    assert np.abs(none["x"] - whole["x"]).max() > 1e-3
+    assert json.loads(str(halves["settings"]))["lora"] == [flag.removeprefix("--lora=") for flag in adapters["halves"][1:]]
+    said = shell("experiments.sample", "--checkpoint=lora", f"--lora={digits}", code=2)
+    assert f"--lora={digits} holds a whole network, no adapter" in said and "Traceback" not in said
+
+
+def test_digits_dreambooth(shell, digits):
+    made = shell("tools.make_images", f"--checkpoint={digits}", "--labels=3", "--count=12", "--steps=2", "--out=prior")
+    assert "12 images of shape (8, 8, 1) in prior" in made
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_dreambooth.py:smoke:prior", "--workdir=dreambooth",
+        f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / "dreambooth")
 
 
 def test_mnist_latents(shell, mnist_like, vae):

@@ -1,6 +1,7 @@
 """Captions through the real binaries: a tokenizer, text to image on pixels, its judge, prompts."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -32,10 +33,29 @@ def emoji(shell):
     return shell.home / "emoji"
 
 
-def test_pixels_from_prompts(shell, emoji):
-    command = ("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--workdir=pixel")
-    shell(*command)
-    check_workdir(shell.home / "pixel")
+@pytest.fixture(scope="module")
+def pixel(shell, emoji):
+    """A workdir of configs/emoji_pixel.py:smoke."""
+    shell("experiments.train", f"--config={ROOT}/configs/emoji_pixel.py:smoke:{emoji}", "--workdir=pixel")
+    return shell.home / "pixel"
+
+
+def test_dreambooth(shell, emoji, pixel):
+    (shell.home / "mine").mkdir()
+    with open(shell.home / "mine" / "captions.jsonl", "w") as listing:
+        for i in range(3):
+            shutil.copy(shell.home / f"pictures/{i}.png", shell.home / f"mine/{i}.png")
+            listing.write(json.dumps({"file": f"{i}.png", "caption": "zwx heart"}) + "\n")
+    shell("tools.prepare_data", "--door=folder", "--path=mine", "--out=subject", "--channels=3")
+    made = shell("tools.make_images", "--checkpoint=pixel", "--prompt=a heart", "--count=6", "--steps=1", "--sampler=euler", "--out=hearts")
+    assert "6 images of shape (64, 64, 3) in hearts" in made
+    config = f"--config={ROOT}/configs/emoji_dreambooth.py:smoke:{emoji},subject,hearts"
+    shell("experiments.train", config, "--workdir=mine_lora", f"--config.roles.net.checkpoint={pixel}")
+    check_workdir(shell.home / "mine_lora")
+
+
+def test_pixels_from_prompts(shell, emoji, pixel):
+    check_workdir(pixel)
     shell("experiments.export", "--workdir=pixel", "--out=out")
     ask = ("experiments.sample", "--checkpoint=out", "--steps=2", "--sampler=euler", "--guidance=3")
     (shell.home / "emoji" / "tokenizer.json").rename(shell.home / "away.json")  # the export has its own

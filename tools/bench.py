@@ -136,8 +136,8 @@ class Draws:
         cond |= {"label": generate.balanced_labels(batch, classes)} if classes else {}
         self.inputs = this.config["seed"], np.arange(batch), cond
         self.this, self.section = this, section
-        self.sample, self.spent = compiled(this.sampler(section), this.target.params["net"], *self.inputs)
-        self.params = this.fresh().params["net"]
+        self.sample, self.spent = compiled(this.sampler(section), this.network, *self.inputs)
+        self.params = this.whole("net", this.fresh().params["net"])
 
     def __call__(self, count: int):
         """Seconds of each call."""
@@ -163,7 +163,7 @@ def train(config, warmup: int = 3, repeats: int = 20, synthetic: bool = False) -
     seconds, waits = steps(repeats)
     middle = float(np.median(seconds))
     return {
-        "network": this.config["model"], "parameters": card.size(this.target.params["net"]), "batch": this.config["batch_size"],
+        "network": this.config["model"], "parameters": card.size(this.network), "batch": this.config["batch_size"],
         "tokens": tokens_of(this), "warmup": warmup, "repeats": repeats, "synthetic": synthetic,
         "step_seconds": {"median": middle, "min": float(seconds.min()), "all": seconds.tolist()},
         "steps_per_second": 1 / middle,

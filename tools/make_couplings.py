@@ -45,7 +45,7 @@ def main():
         if flag.value:
             raise ConfigError(f"--{flag.name} means nothing here: couplings are of what the network was trained on")
     checkpoint = sampling.CHECKPOINT.value
-    role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
+    role, params, info = sampling.load()
     chosen = sampling.options(info)
     name, settings = split(chosen["sampler"], "sampler")
     if name not in MAPS or settings.get("eta"):

@@ -22,12 +22,12 @@ def main():
     from flowjax.config import ConfigError
     from flowjax.data.sources import write_preferences
     from flowjax.evals import image, rewards
-    from flowjax.train import export, generator
+    from flowjax.train import generator
 
     if sampling.COUNT.value:
         raise ConfigError("--count means nothing here; use --pairs and --candidates")
     checkpoint, k = sampling.CHECKPOINT.value, CANDIDATES.value
-    role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
+    role, params, info = sampling.load()
     seed = max(0, sampling.SEED.value)
     cond = {name: np.repeat(v, k, axis=0) for name, v in sampling.labels(info, PAIRS.value).items()}
     chosen = sampling.options(info)

@@ -55,7 +55,7 @@ TESTS = {
     "flowjax/objectives/dmd.py": ["test_objectives_dmd", "test_objectives_add", "test_objectives_table"],
     "flowjax/objectives/dpo.py": ["test_objectives_dpo", "test_objectives_table"],
     "flowjax/objectives/flow_map.py": ["test_objectives_flow_map", "test_objectives_table"],
-    "flowjax/objectives/flow_matching.py": ["test_objectives_flow_matching", "test_objectives_table"],
+    "flowjax/objectives/flow_matching.py": ["test_objectives_flow_matching", "test_objectives_table", "test_dreambooth"],
     "flowjax/objectives/groups.py": ["test_objectives_grpo", "test_objectives_nft"],
     "flowjax/objectives/grpo.py": ["test_objectives_grpo", "test_objectives_table"],
     "flowjax/objectives/nft.py": ["test_objectives_nft", "test_objectives_table"],
@@ -69,6 +69,7 @@ TESTS = {
     "flowjax/objectives/vae.py": ["test_objectives_vae", "test_objectives_table"],
     "flowjax/samplers": SAMPLERS,
     "flowjax/samplers/likelihood.py": ["test_likelihood"],
+    "flowjax/train/lora.py": ["test_train_lora"],
 }
 
 OPERATORS = {

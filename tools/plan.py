@@ -135,7 +135,7 @@ def _program(run, what):
     seen = lambda v: jax.ShapeDtypeStruct((section["count"], *v.shape[1:]), v.dtype, sharding=everywhere)  # noqa: E731
     rows = seen(jnp.zeros((1,), jnp.int32))
     cond = jax.tree.map(seen, conditions.zeros(run.pipeline.conditions, 1))
-    return run.sampler(section), (run.target.params["net"], section["seed"], rows, cond)
+    return run.sampler(section), (run.network, section["seed"], rows, cond)
 
 
 def advice(found: dict, config, chip) -> list[str]:

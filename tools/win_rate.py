@@ -26,7 +26,7 @@ def main():
     out, scores = {}, {}
     judge = None
     for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
-        role, params, info = export.load(checkpoint, sampling.WEIGHTS.value)
+        role, params, info = sampling.load() if name == "checkpoint" else export.load(checkpoint, sampling.WEIGHTS.value)
         chosen, cond = sampling.options(info), sampling.labels(info, count)
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))

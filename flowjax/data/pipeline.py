@@ -3,6 +3,7 @@
     {"x": float32 (b, H, W, C) in [-1, 1], or points as they are; "cond": {"label": int32 (b,)}, or {} when unlabelled}
     {"win": ..., "lose": ..., "cond": ...}                                                       for preference pairs
     {"x": ..., "z": ..., "cond": ...}                                       for couplings: z is the noise that x was made from
+    {"x": ..., "prior": bool (b,), "cond": ...}             for mixtures with `prior`: which rows are of the parts that it names
 
 With a tokenizer (`text`, see flowjax.data.text) "cond" holds "tokens" too, of one of the image's captions; embeddings that are
 stored with the examples ("text", "pooled") come along by themselves.
@@ -40,6 +41,7 @@ _PIXELS = {"image": "x", "x": "x", "z": "z", "win": "win", "lose": "lose"}  # co
 class _Common(NamedTuple):
     """Settings of every section.
 
+    classes: only the examples of these; limit: of what is left the first so many (0: all).
     resize: shorter side, centre crop; pad: then a black border up to this size; flip: left and right, by chance.
     text: the tokenizer of the captions, "" for none. An image may have several captions: one is chosen at "random" each time it
     is shown, or always the "first"; with curriculum = n the choice begins with the shortest and widens to all of them over the
@@ -54,6 +56,8 @@ class _Common(NamedTuple):
     text: Any = ""
     captions: str = "random"
     curriculum: int = 0
+    classes: tuple = ()
+    limit: int = 0
     expect_shape: tuple = ()
     expect_classes: int = -1
     expect_cond: Any = ()
@@ -69,6 +73,8 @@ def _shapes(cond) -> dict[str, tuple[int, ...]]:
 class _Part:
     """One source with its transforms: reads rows by number and finishes them as float batches."""
 
+    prior = False  # whether its rows are marked
+
     def __init__(self, section: Mapping[str, Any] | str, split: str, room: int | None = None):
         name, settings = split_section(section, "data")
         source = lookup(SOURCES, name, "data.name")
@@ -78,6 +84,8 @@ class _Part:
         chosen = check(_Common, {k: v for k, v in settings.items() if k in common}, "data")
         common = self.common = _Common(**chosen)
         self.source = source(split, **check(source, {k: v for k, v in settings.items() if k in own}, "data", ("split",)))
+        if common.classes or common.limit:
+            self.source = _subset(self.source, common.classes, common.limit)
         self.manifest = dict(self.source.manifest) | {"transforms": chosen}
         if not _PIXELS.keys() & set(self.manifest["columns"]):
             found = ", ".join(self.manifest["columns"])
@@ -215,6 +223,27 @@ class _Part:
         return self.tokenizer(chosen, f"{self.manifest['name']} ({self.manifest['split']} rows {rows.min()} to {rows.max()})")
 
 
+def _subset(source, classes, limit: int):
+    """The source with the examples of some classes alone (all, if there are none), and with no more than `limit` of them (0:
+    all)."""
+    name, count = source.manifest["name"], source.manifest["num_classes"]
+    if source.endless:
+        raise ConfigError(f"data.classes and data.limit choose among the examples of a finite data set; {name} is endless")
+    if limit < 0:
+        raise ConfigError(f"data.limit = {limit} should be a number of examples, or 0 for all")
+    rows = np.arange(len(source))
+    if classes:
+        if wrong := [c for c in classes if not isinstance(c, int) or not 0 <= c < count]:
+            raise ConfigError(f"data.classes = {tuple(classes)}: {wrong[0]!r} is none of the {count} classes of {name}")
+        labels = [source.read(rows[i : i + CHUNK])["label"] for i in range(0, len(rows), CHUNK)]
+        rows = np.flatnonzero(np.isin(np.concatenate(labels), classes))
+    rows = rows[: limit or None]
+    if not len(rows):
+        raise DataError(f"{name} has no example of data.classes = {tuple(classes)}")
+    manifest = source.manifest | {"count": len(rows)}
+    return dataclasses.replace(source, manifest=manifest, read=lambda indices: source.read(rows[indices]))
+
+
 def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key in columns.keys() & _PIXELS.keys():
@@ -276,10 +305,12 @@ class _Batches:
             seed = int(counter.make_key(self.seed, int(j)))
             columns = self.parts[j].stream(local[mine], seed, self.shuffle)
             if mine.all():
-                return _finish(columns)
+                out = columns
+                break
             for key, value in columns.items():
                 out.setdefault(key, np.empty((rows, *value.shape[1:]), value.dtype))[mine] = value
-        return _finish(out)
+        marks = np.array([p.prior for p in self.parts])
+        return _finish(out) | ({"prior": marks[part]} if marks.any() else {})
 
 
 class Pipeline:
@@ -342,13 +373,17 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...], bool]:
     if name != "mixture":
         return _opened([section], split), (1.0,), False
 
-    def mixture(parts: tuple, weights: tuple):
-        return tuple(parts), tuple(float(w) for w in weights)
+    def mixture(parts: tuple, weights: tuple, prior: tuple = ()):
+        return tuple(parts), tuple(float(w) for w in weights), tuple(prior)
 
-    sections, weights = mixture(**check(mixture, settings, "data"))
+    sections, weights, prior = mixture(**check(mixture, settings, "data"))
     if not sections or len(weights) != len(sections) or not all(0 < w < math.inf for w in weights):
         raise ConfigError(f"data.weights = {weights} must be {len(sections)} positive numbers, one for each of data.parts")
+    if not {*prior} < {*range(len(sections))}:
+        raise ConfigError(f"data.prior = {prior} must be numbers of some of the {len(sections)} data.parts, from 0, not of all")
     parts = _opened(sections, split)
+    for i in prior:
+        parts[i].prior = True
 
     def kind(p):
         columns = sorted({*p.manifest["columns"]} - {"caption"})
@@ -386,7 +421,12 @@ def _described(parts, weights, whole: bool) -> dict[str, Any]:
         "num_classes": parts[0].num_classes,
         "weights": list(weights),
         "parts": [p.manifest for p in parts],
-    } | {k: v for k, v in manifest.items() if k == "tokenizer"} | _makers(manifest)  # the parts have the same
+    } | _marked(parts) | {k: v for k, v in manifest.items() if k == "tokenizer"} | _makers(manifest)  # the parts have the same
+
+
+def _marked(parts) -> dict[str, Any]:
+    """{"prior": numbers of the parts whose rows are marked}, where some are."""
+    return {"prior": found} if (found := [i for i, p in enumerate(parts) if p.prior]) else {}
 
 
 def _makers(manifest) -> dict[str, Any]:
@@ -409,10 +449,11 @@ def pipeline(
     """The batches of a data section.
 
     **Arguments:** `section` has the name of a source (flowjax.data.sources.SOURCES), its settings, and pad, resize, flip; or
-    name "mixture" with `parts` (sections) and `weights`; or name "buckets" with the `path` of a data set whose images differ in
-    size: each batch is of one bucket, and every image is shown once before any of its bucket is shown again. `batch_size` is
-    global; a process gets batch_size / process_count rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch, without the
-    rows that do not fill a batch. `start` is the number of the first batch.
+    name "mixture" with `parts` (sections), `weights` and `prior`, the numbers of the parts whose rows are marked in
+    batch["prior"]; or name "buckets" with the `path` of a data set whose images differ in size: each batch is of one bucket,
+    and every image is shown once before any of its bucket is shown again. `batch_size` is global; a process gets batch_size /
+    process_count rows. With `shuffle`, each epoch has an order of its own. With `repeat` off the stream ends after one epoch,
+    without the rows that do not fill a batch. `start` is the number of the first batch.
 
     **Errors:** ConfigError for settings, DataError (one of them) for data.
     """

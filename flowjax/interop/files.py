@@ -57,17 +57,25 @@ def _sharded(folder, index):
 
 def tensors(file) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file, as read-only views into it."""
-    file = pathlib.Path(file)
+    return _opened(pathlib.Path(file))[0]
+
+
+def metadata(file) -> dict[str, str]:
+    """The words in the header of a safetensors file."""
+    return _opened(pathlib.Path(file))[1]
+
+
+def _opened(file):
     try:
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size)) if size < file.stat().st_size else None
-        header.pop("__metadata__", None)
+        said = header.pop("__metadata__", None) or {}
         data = np.memmap(file, np.uint8, "r", offset=8 + size)
         state = {name: _view(file, data, name, entry) for name, entry in header.items()}
         if sum(value.nbytes for value in state.values()) != len(data):
             raise ValueError("it holds bytes of no tensor")
-        return state
+        return state, said
     except ConfigError:
         raise
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
@@ -143,6 +151,18 @@ def write(folder, stem: str, state: Mapping[str, np.ndarray], dtype: str = "floa
         weight_map = {key: name for name, keys in zip(names, parts, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def packed(state: Mapping[str, np.ndarray], words: Mapping[str, str]) -> bytes:
+    """A safetensors file of float32 tensors and header words, always the same for the same content: the library's own has the
+    words in any order."""
+    header, parts, end = {"__metadata__": dict(sorted(words.items()))}, [], 0
+    for key in sorted(state):
+        parts.append(np.ascontiguousarray(state[key], np.dtype("<f4")).tobytes())
+        header[key] = {"dtype": "F32", "shape": list(np.shape(state[key])), "data_offsets": [end, end := end + len(parts[-1])]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
 
 def _rounded(key, value, dtype):

@@ -46,21 +46,22 @@ def from_torch(net: Flux, state: Mapping[str, np.ndarray], like):
 
     ValueError lists missing and leftover keys and wrong shapes.
     """
-    params = state_dict.from_torch(swapped(_cut(net, state), SWAPPED), _unrolled(net, placeholders(like)), _rename(net))
-    if net.scan:
-        params = stack(params, "double_blocks", range(net.depth))
-        params = stack(params, "single_blocks", range(net.depth, net.depth + net.single_depth))
+    params = state_dict.from_torch(swapped(_cut(net, state), SWAPPED), _unrolled(net, placeholders(like)), rename(net))
+    for name, numbers in groups(net).items():
+        params = stack(params, name, numbers)
     return params
 
 
 def to_torch(net: Flux, params) -> dict[str, np.ndarray]:
     """State dict of NumPy arrays of (unboxed) parameters of `net`: the inverse of `from_torch`."""
     params = _unrolled(net, jax.tree.map(np.asarray, params))
-    return _joined(swapped(state_dict.to_torch(params, _rename(net)), SWAPPED))
+    return _joined(swapped(state_dict.to_torch(params, rename(net)), SWAPPED))
 
 
-def _rename(net):
-    def rename(path):
+def rename(net: Flux):
+    """The renaming of module paths, layers not stacked, that `flowjax.interop.state_dict` takes."""
+
+    def one(path):
         if path in TOP:
             return TOP[path]
         if block := re.fullmatch(r"block_(\d+)", path[0]):
@@ -71,13 +72,19 @@ def _rename(net):
                 return f"single_transformer_blocks.{number - net.depth}.{SINGLE[inner]}"
         raise ValueError(f"diffusers' FLUX has no counterpart of {'/'.join(path)}")
 
-    return rename
+    return one
+
+
+def groups(net: Flux) -> dict[str, range]:
+    """Stacked parameter -> the layers in it."""
+    kinds = {"double_blocks": range(net.depth), "single_blocks": range(net.depth, net.depth + net.single_depth)}
+    return kinds if net.scan else {}
 
 
 def _unrolled(net, params):
-    if not net.scan:
-        return params
-    return unstack(unstack(params, "double_blocks"), "single_blocks", net.depth)
+    for name, numbers in groups(net).items():
+        params = unstack(params, name, numbers[0])
+    return params
 
 
 def _cut(net, state):

@@ -82,7 +82,7 @@ def from_torch(net: MMDiT, state: Mapping[str, np.ndarray], like):
             raise ValueError(f"{TABLE} is not the sin-cos table of model.table = {net.table} and model.base = {net.base};"
                              " model.positions = 'table' takes any")  # fmt: skip
     like = _patches(net, unrolled(net, placeholders(like)), split=True)
-    params = state_dict.from_torch(swapped(state, _swaps(net)), like, rename)
+    params = state_dict.from_torch(swapped(state, swaps(net)), like, rename)
     return scanned(net, _patches(net, params, split=False))
 
 
@@ -90,7 +90,7 @@ def to_torch(net: MMDiT, params) -> dict[str, np.ndarray]:
     """State dict of NumPy arrays of (unboxed) parameters of `net`: the inverse of `from_torch`."""
     _check(net)
     params = _patches(net, unrolled(net, jax.tree.map(np.asarray, params)), split=True)
-    state = swapped(state_dict.to_torch(params, rename), _swaps(net))
+    state = swapped(state_dict.to_torch(params, rename), swaps(net))
     held = state.pop(f"{TOP['positions',]}.weight", None)
     return state | {TABLE: _table(net) if held is None else held[None]}
 
@@ -125,7 +125,8 @@ def groups(net: MMDiT) -> dict[str, range]:
     return {name: numbers for name, numbers in kinds.items() if numbers and net.scan}
 
 
-def _swaps(net):
+def swaps(net):
+    """Keys whose two halves are the other way round there."""
     modules = "norm_out.linear", f"transformer_blocks.{net.depth - 1}.norm1_context.linear"
     return {f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")}
 

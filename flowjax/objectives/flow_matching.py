@@ -5,8 +5,11 @@ Notation map: ours is t = 0 data, t = 1 noise; the first two papers run time the
 
     t ~ p(t),  z ~ N(0, I),  x_t = a x + b z,  y = c x + d z,    L = E omega(t) mean_dims ||net(x_t, t) - y||^2
 
-On couplings, data that bring along the z which a network made each x from (tools.make_couplings), this is reflow (2209.03003), and
-at t = 1 alone (time "steps") the distillation of a one-step student (2101.02388; InstaFlow 2309.06380).
+On couplings, data that bring along the z which a network made each x from (tools.make_couplings), this is reflow (2209.03003),
+and at t = 1 alone (time "steps") the distillation of a one-step student (2101.02388; InstaFlow 2309.06380).
+
+With `prior` on a mixture that marks rows (data.prior) it is DreamBooth's loss with prior preservation (2208.12242):
+the mean over the few images of a subject plus `prior` times the mean over images of its class, which the network made before.
 """
 
 import jax
@@ -17,8 +20,12 @@ from flowjax.config import ConfigError, keywords
 from flowjax.objectives.base import Objective, Player, drop_condition, mean_dims
 
 
-def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0):
-    """Draw t (B,), z like x where the data bring none, and drop conditions. `time` is a section of flowjax.times."""
+def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0, prior: float = None):
+    """Draw t (B,), z like x where the data bring none, and drop conditions. `time` is a section of flowjax.times.
+
+    prior: with batch["prior"] (B,), the weight of the marked rows' mean beside that of the others, as factors batch["share"]
+    (B,) of the rows in the mean of the whole batch, which are therefore right for its slices as well.
+    """
     net = nets["net"]
     key_t, key_z, key_drop = jax.random.split(key, 3)
     x = batch["x"]
@@ -29,7 +36,17 @@ def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0):
         "t": times.draw(key_t, x.shape[0], net.path, prediction=net.prediction, **keywords(time)),
         "z": batch["z"] if "z" in batch else jax.random.normal(key_z, x.shape, x.dtype),
         "cond": drop_condition(net, batch["cond"], key_drop, label_drop),
+        **({} if prior is None else {"share": shares(batch["prior"], prior)}),
     }
+
+
+def shares(marked, prior: float):
+    """Factors (B,) with which the mean of all rows is the mean of the rows that are not marked plus `prior` times that of the
+    marked."""
+    if prior < 0:
+        raise ConfigError(f"objective.prior = {prior} should not be negative")
+    count = jnp.sum(marked)
+    return marked.size * jnp.where(marked, prior / jnp.maximum(count, 1), 1 / jnp.maximum(marked.size - count, 1))
 
 
 def loss(nets, batch, key, *, weight="none"):
@@ -46,14 +63,14 @@ def noisy(net, batch):
 def regression(net, batch, output, weight):
     """(loss, metrics) of the network's output at `noisy`."""
     y = predictions.target(net.path, net.prediction, batch["x"], batch["z"], batch["t"])
-    return weighted(net, batch["t"], output, y, weight)
+    return weighted(net, batch["t"], output, y, weight, batch.get("share", 1.0))
 
 
-def weighted(net, t, output, y, weight):
-    """(loss, metrics) of the network's output at t (B,), whose goal is y."""
+def weighted(net, t, output, y, weight, share=1.0):
+    """(loss, metrics) of the network's output at t (B,), whose goal is y; share: factors of the rows."""
     error = mean_dims(jnp.square(output - y))
     omega = weights.loss_weight(weight, net.path, net.prediction, t)
-    return jnp.mean(omega * error), {"mse": jnp.mean(error)}
+    return jnp.mean(share * omega * error), {"mse": jnp.mean(error)}
 
 
 OBJECTIVE = Objective({"net": "trained"}, (Player("net", loss),), rollout, coupled=True)

@@ -14,7 +14,7 @@ from flowjax.data.pipeline import pipeline
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
-from flowjax.train import checkpoint, ema, export, generator, optim, settings
+from flowjax.train import checkpoint, ema, export, generator, lora, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, domain, same_domain, same_shapes
@@ -43,7 +43,7 @@ def build_roles(config, objective):
         elif kind in ("frozen", "optional"):
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
-            if any(section[k] for k in (*NETWORK, "optimizer", "every")) or section["updates"] != 1:
+            if any(section[k] for k in (*NETWORK, "optimizer", "every", "lora")) or section["updates"] != 1:
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
             usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
@@ -67,6 +67,8 @@ def build_roles(config, objective):
                 where = f"roles.{name}.checkpoint = {section['checkpoint']!r}"
                 same_meaning(saved, roles[name], where, ("path", "prediction", "scaling"))
                 loaded[name] = params, info
+            if section.get("lora") is not None:
+                roles[name] = dataclasses.replace(roles[name], lora=lora.build(section["lora"], f"roles.{name}.lora"))
     return roles, loaded
 
 
@@ -118,6 +120,8 @@ class Run:
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
         if "z" in self.pipeline.manifest.get("columns", ()) and not self.objective.coupled:
             raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
+        if ("prior" in self.pipeline.manifest) != (keywords(config["objective"]).get("prior") is not None):
+            raise ConfigError("data.prior (of a mixture) marks the rows whose weight objective.prior says: give both or none")
         self.example = self._example()
         self._check_teachers()
         self._places()
@@ -246,13 +250,16 @@ class Run:
         return jax.eval_shape(codec.decode, self.example[0]).shape[1:]
 
     def _init_params(self, key):
+        """(boxed trained parameters, boxed parameters of the whole networks) by role: the same, but for adapters."""
         x, cond = self.example
-        boxed, cond = {}, conditions.Watched(cond)
+        boxed, trained, cond = {}, {}, conditions.Watched(cond)
         with sharding.use(self.mesh, self.rules):
             for i, name in enumerate(self.trained):
                 boxed[name] = self.roles[name].init(jax.random.fold_in(key, i), self._seen_by(name, x), cond)
+                adapter = jax.random.fold_in(key, len(self.trained) + i), boxed[name], f"roles.{name}.lora"
+                trained[name] = self.roles[name].trained(*adapter)
         self.read = cond.read  # the conditions that the trained networks look at
-        return boxed
+        return trained, boxed
 
     def _seen_by(self, name, x):
         """What a trained role takes where the networks take x (1, ...): x, or an encoder's tokens (Objective.reads)."""
@@ -268,7 +275,7 @@ class Run:
         from flax.core import meta
 
         config = self.config
-        boxed = jax.eval_shape(self._init_params, jax.random.key(0))
+        boxed, whole = jax.eval_shape(self._init_params, jax.random.key(0))
         places = {k: sharding.param_specs(v, self.mesh, self.rules) for k, v in boxed.items()}
         shapes = meta.unbox(boxed)
         self.transforms, self.schedules = {}, {}
@@ -280,7 +287,7 @@ class Run:
             self.transforms[name], self.schedules[name] = built
 
         def init(key):
-            params = meta.unbox(self._init_params(jax.random.fold_in(key, 0)))
+            params = meta.unbox(self._init_params(jax.random.fold_in(key, 0))[0])
             # Copies: the step donates its state, and a buffer cannot be donated twice.
             averages = {k: jax.tree.map(lambda p: p.astype(jnp.float32) + 0, params[of]) for k, (_, of) in self.averages.items()}
             opt = {k: self.transforms[k].init(params[k]) for k in self.trained}
@@ -297,12 +304,31 @@ class Run:
         )
         self.target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
         here = {*self.mesh.devices.flat} <= {*jax.devices()}
-        put = lambda v: jax.device_put(v, replicated) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=replicated)  # noqa: E731
+        put = lambda v, at=replicated: jax.device_put(v, at) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=at)  # noqa: E731
         absent = {*self.trained} | ({"vae"} if self.encoded else set()) | ({"text"} if self.embedded else set())
         self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in absent}
+        self._merge = {}
+        for name in self.trained:
+            if self.roles[name].lora is not None:  # what is adapted lies where it would lie if it were trained
+                base, at = self.loaded[name][0], sharding.param_specs(whole[name], self.mesh, self.rules)
+                same_shapes(base, meta.unbox(whole[name]), f"roles.{name}.checkpoint")
+                self.frozen[name] = jax.tree.map(put, base, at)
+                merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
+                self._merge[name] = jax.jit(merge, out_shardings=at)
+
+    def whole(self, name: str, params):
+        """The parameters of a trained role's network, of which `params` are trained or averaged (flowjax.train.roles.Role)."""
+        return self._merge[name](params, self.frozen[name]) if name in self._merge else params
+
+    @property
+    def network(self):
+        """Shapes and places of all parameters of the role "net"."""
+        return self.frozen["net"] if "net" in self._merge else self.target.params["net"]
 
     def _added(self, name: str) -> tuple[str, ...]:
         """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
+        if name in self._merge:
+            return ()
         found, wanted = self.loaded[name][0], self.target.params[name]
         added = tuple(k for k in (layers.GUIDANCE, layers.STEP, layers.PROJECTOR) if k in wanted and k not in found)
         same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
@@ -312,7 +338,7 @@ class Run:
         """The state at step 0, created straight into its shards; roles with a checkpoint start from it, except what it lacks."""
         state = jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config["seed"]))
         for name in self.trained:
-            if name in self.loaded:
+            if name in self.loaded and name not in self._merge:
                 params = self.loaded[name][0]
                 put = lambda p, s: jax.device_put(jnp.asarray(p, s.dtype), s.sharding)  # noqa: E731
                 begun = lambda own: own | jax.tree.map(put, params, {k: own[k] for k in params})  # noqa: E731
@@ -328,7 +354,7 @@ class Run:
             accumulate=self.config["accumulate"], every=self.every, updates=self.updates, mesh=self.mesh, rules=self.rules,
         )
         replicated = jax.NamedSharding(self.mesh, jax.P())
-        frozen = jax.tree.map(lambda _: replicated, self.frozen)
+        frozen = jax.tree.map(lambda v: v.sharding, self.frozen)
         return jax.jit(
             pure,
             in_shardings=(self.shardings, frozen, mesh_lib.batch_sharding(self.mesh)),
@@ -343,7 +369,8 @@ class Run:
         columns = self.pipeline.manifest.get("columns", ())
         names = ("win", "lose") if "win" in columns else ("x", "z") if "z" in columns else ("x",)
         cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
-        return {**{k: one(shape or self.pipeline.shape, jnp.float32) for k in names}, "cond": cond}
+        marks = {"prior": one((), bool)} if "prior" in self.pipeline.manifest else {}
+        return {**{k: one(shape or self.pipeline.shape, jnp.float32) for k in names}, **marks, "cond": cond}
 
     def jit(self, fn):
         """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""
@@ -438,7 +465,13 @@ class Run:
             "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
-        }
+        } | ({"lora": self._adapter()} if "net" in self._merge else {})
+
+    def _adapter(self):
+        """What is needed to load the adapter of "net": its settings, and its base with a hash of that."""
+        section = self.config["roles"]["net"]
+        base = {k: section[k] for k in ("checkpoint", "weights")}
+        return {**section["lora"], "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
 
     def fingerprints(self):
         """{frozen role: hash of its parameters}: a resumed run must meet the same teachers."""

@@ -5,8 +5,12 @@
     export/model.safetensors  the same arrays, names joined by dots
     export/vae/, export/text/ exports of the frozen autoencoder and text encoder that the network works with
     export/tokenizer.json     the tokenizer's file, where captions are tokenised by one
+
+The export of an adapter (flowjax.train.lora) holds the adapter alone; config.json says where its base is, with a hash of it, as
+the workdir of its training does.
 """
 
+import dataclasses
 import hashlib
 import json
 
@@ -18,7 +22,7 @@ from flowjax import conditions
 from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
-from flowjax.train import ema, files, posthoc
+from flowjax.train import ema, files, lora, posthoc
 from flowjax.train.roles import build_role
 
 
@@ -53,11 +57,15 @@ def info_of(path) -> dict:
 def role_of(info: dict, where: str):
     """The Role that an export's or workdir's config describes."""
     sections = info["model"], info["path"], info["prediction"]
-    return build_role(*sections, f"{where}.model", info.get("latents"), info.get("input_scaling", "none"))
+    role = build_role(*sections, f"{where}.model", info.get("latents"), info.get("input_scaling", "none"))
+    if not info.get("lora"):
+        return role
+    return dataclasses.replace(role, lora=lora.build({k: v for k, v in info["lora"].items() if k != "base"}, f"{where}.lora"))
 
 
 def abstract(role, info: dict):
-    """Shapes of the role's parameters, placed on one device (on all, replicated, when there are several processes)."""
+    """Shapes of the role's parameters, or of its adapter, placed on one device (on all, replicated, when there are several
+    processes)."""
     from flax.core import meta
 
     if jax.process_count() == 1:
@@ -67,16 +75,44 @@ def abstract(role, info: dict):
 
     x = jnp.zeros((1, *info["shape"]), jnp.float32)
     cond = conditions.zeros(info.get("conditions") or ({"label": ()} if info.get("num_classes") else {}), 1)
-    shapes = meta.unbox(jax.eval_shape(lambda k: role.init(k, x, cond), jax.random.key(0)))
+    shapes = meta.unbox(jax.eval_shape(lambda k: role.trained(k, role.init(k, x, cond)), jax.random.key(0)))
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
 def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
-    """(role, params, info) from an export, or from a workdir's newest intact checkpoint.
+    """(role, params, info) from an export, or from a workdir's newest intact checkpoint; an adapter is merged with its base.
 
     weights, for a workdir: the name of an average ("ema"), or "params" for the raw weights; posthoc_std > 0: instead, the
     power average of that width, reconstructed from the run's snapshots (flowjax.train.posthoc). An export has one set.
     """
+    role, params, info = stored(path, weights, step, where, posthoc_std)
+    if role.lora is None:
+        return role, params, info
+    merged = jax.jit(lambda params, base: role.whole(params, base))(params, base_of(path, info, where))
+    return dataclasses.replace(role, lora=None), merged, {k: v for k, v in info.items() if k != "lora"}
+
+
+def base_of(path, info, where: str = "checkpoint"):
+    """The parameters that the adapter in `path` was trained on; ConfigError where they are gone or others now."""
+    base = info["lora"]["base"]
+    try:
+        _, params, _ = load(base["checkpoint"], base["weights"], where=where)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {path} is an adapter, whose base is needed: {error}") from None
+    same_base(info, params, f"{where}: {path}")
+    return params
+
+
+def same_base(info, base, where: str):
+    """ConfigError unless these are the parameters that the adapter of this info was trained on."""
+    was, now = info["lora"]["base"], ck.fingerprint(base)
+    if was["fingerprint"] != now:
+        told = f"{was['checkpoint']} as it was (hash {was['fingerprint']}, not {now})"
+        raise ConfigError(f"{where} adapts another base than this: {told}")
+
+
+def stored(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
+    """`load` without the base of an adapter: the role has a `lora` then, and the params are the adapter's."""
     path = files.path(path)
     info = info_of(path)
     role = role_of(info, where)
@@ -144,15 +180,20 @@ def tokenizer_of(path, info):
     return found
 
 
-def export(source, out, weights: str = "ema", step: int | None = None, latents=None, posthoc_std: float = 0.0):
+def export(
+    source, out, weights: str = "ema", step: int | None = None, latents=None, posthoc_std: float = 0.0, adapter: bool = False
+):
     """Export a workdir's network (and the frozen networks it works with) to `out`. Returns the info written.
 
-    latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents.
+    latents: {"mean", "std"} per channel to store with an autoencoder; see measure_latents. adapter: not the network, but the
+    adapter that was trained of it.
     """
-    role, params, info = load(source, weights, step, posthoc_std=posthoc_std)
+    role, params, info = (stored if adapter else load)(source, weights, step, posthoc_std=posthoc_std)
+    if adapter and role.lora is None:
+        raise ConfigError(f"{source} holds a whole network, no adapter (roles.net.lora)")
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
-    companions = {name: _companion(source, info, name, f"roles.{name}") for name in ("vae", "text")}
+    companions = {name: None if adapter else _companion(source, info, name, f"roles.{name}") for name in ("vae", "text")}
     file = tokenizer_of(source, info).file if info.get("text") else None
     tokenizer = file and file.read_bytes()
     out = files.path(out)
@@ -169,6 +210,23 @@ def export(source, out, weights: str = "ema", step: int | None = None, latents=N
         (out / "tokenizer.json").write_bytes(tokenizer)
     write(out, params, info)
     return info
+
+
+def adapted(role, params, info, adapters, where: str = "--lora"):
+    """(params, info) of a network with adapters on it: (name, tree, Lora, info or None, weight) each, the info of one that
+    knows its base.
+
+    What each changes is added, times its weight. ConfigError where one was trained on another network.
+    """
+    for name, tree, _, its_info, _ in adapters:
+        lora.check_fit(params, tree, f"{where}={name}")
+        if its_info is not None:
+            same_base(its_info, params, f"{where}={name}")
+    names, trees, loras, _, weights = zip(*adapters, strict=True)
+    scales = [made.scale for made in loras]
+    merged = jax.jit(lambda params, trees: lora.merge(params, zip(trees, scales, weights, strict=True)))
+    told = "+".join([str(info["weights"]), *(f"{w:g}*{name}" for name, w in zip(names, weights, strict=True))])
+    return merged(params, trees), {**info, "weights": told}
 
 
 def identity(params, info) -> str:

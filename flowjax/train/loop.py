@@ -321,7 +321,7 @@ def _drawer(this, workdir):
     section = this.config["sample"]
     role = this.roles["net"]
     name = next((k for k, (_, of) in this.averages.items() if of == "net" and k not in this.objective.roles), None)
-    weights = lambda state: state.params["net"] if name is None else state.ema[name]  # noqa: E731
+    weights = lambda state: this.whole("net", state.params["net"] if name is None else state.ema[name])  # noqa: E731
     if role.module.kind == "autoencoder":
         x = np.asarray(this.first(10)["x"])
         fn = this.jit(lambda params, x: role.net(params).reconstruct(x))
@@ -337,7 +337,7 @@ def _drawer(this, workdir):
     sample = this.sampler(section)
     count, cond = section["count"], this.asked(section)
     # Traced now, so that a bad sampler is refused before training, not at the first picture.
-    jax.eval_shape(sample, this.target.params["net"], section["seed"], np.arange(count), cond)
+    jax.eval_shape(sample, this.network, section["seed"], np.arange(count), cond)
 
     def draw(state, step):
         x = generate.run(sample, weights(state), cond, count, seed=section["seed"])
@@ -373,7 +373,7 @@ def _facts(this, train_step, compiled, state, drawn, rate):
         "config": config,
         "parameters": {k: f"{card.size(v):,} trained" for k, v in state.params.items()}
         | {f"{k}, not in its checkpoint": ", ".join(v) for k, v in this.added.items() if v}
-        | {k: f"{card.size(v):,} frozen" for k, v in this.frozen.items()},
+        | {k + ", adapted" * (k in state.params): f"{card.size(v):,} frozen" for k, v in this.frozen.items()},
         "data": this.pipeline.manifest,
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},
         "times": {"share of t in each tenth": card.histogram(drawn)} if drawn is not None else "none",

@@ -16,6 +16,7 @@ import numpy as np
 from flowjax import models, paths, predictions
 from flowjax.config import ConfigError, bind, build, lookup
 from flowjax.models import tiling, vae
+from flowjax.train import lora as lora_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +64,25 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """module + meaning. `scaling` is that of models.denoiser; `latents` holds an exported autoencoder's {"mean", "std"}."""
+    """module + meaning. `scaling` is that of models.denoiser; `latents` holds an exported autoencoder's {"mean", "std"}; with
+    `lora` (flowjax.train.lora) what is trained, averaged and stored of it is an adapter, and the network's own parameters are
+    frozen."""
 
     module: nn.Module
     path: paths.Path | None = None
     prediction: str | None = None
     scaling: Callable | None = None
     latents: Mapping[str, Any] | None = None
+    lora: lora_lib.Lora | None = None
+
+    def whole(self, params, base=None):
+        """The network's parameters, whose trained ones are `params`: these, or those of `base` with the adapter `params` in
+        them."""
+        return params if self.lora is None else lora_lib.merge(base, [(params, self.lora.scale, 1.0)])
+
+    def trained(self, key, boxed, where: str = "lora"):
+        """What is trained of these boxed parameters: all, or a fresh adapter of them."""
+        return boxed if self.lora is None else self.lora.init(key, boxed, where)
 
     def net(self, params):
         """The callable of this role: a Model, a Latents codec or a Bound module."""

@@ -46,13 +46,15 @@ def rollout_key(seed: int, step):
 
 
 def nets_of(objective: BoundObjective, roles: Mapping[str, Role], params, ema, frozen):
-    """Role -> callable. "ema:<role>" roles take the average of their own name; extra frozen roles (vae) come along."""
-    nets = {name: roles[name].net(p) for name, p in frozen.items()}
+    """Role -> callable. "ema:<role>" roles take the average of their own name; extra frozen roles (vae) come along. Of a role
+    with an adapter `frozen` holds what is adapted."""
+    nets = {name: roles[name].net(p) for name, p in frozen.items() if roles[name].lora is None}
+    whole = lambda of, p: roles[of].net(roles[of].whole(p, frozen.get(of)))  # noqa: E731
     for name, kind in objective.roles.items():
         if kind == "trained":
-            nets[name] = roles[name].net(params[name])
+            nets[name] = whole(name, params[name])
         elif kind.startswith("ema:"):
-            nets[name] = roles[kind.removeprefix("ema:")].net(ema[name])
+            nets[name] = whole(kind.removeprefix("ema:"), ema[name])
     return nets
 
 
