@@ -36,6 +36,11 @@ def test_wasserstein_is_that_of_a_shift_and_of_a_permutation():
     assert distillation.wasserstein(wide, narrow) ** 2 == pytest.approx(exact.wasserstein2_squared(mean, 4 * cov, mean, cov), rel=0.1)
 
 
+def test_sliced_wasserstein_is_that_of_a_shift():
+    x = np.random.default_rng(0).normal(size=(300, 2))
+    assert distillation.sliced(x, x[::-1] + [0.3, 0.4]) == pytest.approx(0.5 / 2**0.5)
+
+
 def test_a_student_has_the_compute_it_is_given(tmp_path, monkeypatch):
     """Half the budget at the teacher's own objective is half its steps; couplings cost the same, a teacher's Heun steps more."""
     monkeypatch.setattr(flags.FLAGS["runs"], "value", str(tmp_path))

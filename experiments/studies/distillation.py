@@ -51,7 +51,7 @@ class Part:
             "ema": {"ema": {"name": "constant", "decay": 0.99}}, "steps": 1,
         }  # fmt: skip
         for key, value in changes.items():
-            settings[key] = settings[key] | value if key in ("model", "ema") else value
+            settings[key] = settings[key] | value if key in ("model", "ema", "sample") else value
         settings["sample"] |= {"every": 0, "guidance": "none"}
         settings["validation"] |= {"every": 0}
         workdir = f"distillation/{self.name}/{name}/{seed}"
@@ -80,8 +80,11 @@ class Plane(Part):
     """Four Gaussians without labels."""
 
     name, base, model, batch, budget, rate, guidance, finest = "plane", "mix4", {"num_classes": 0}, 1024, 3000, 1e-3, None, 32
+    smooth = {"time_scale": 10.0}  # of networks that are differentiated by t
     couplings = ("--count=50000", "--sampler=rk4", "--steps=50", "--batch=5000")
-    measures = {"W2": "2-Wasserstein distance to 2,000 points of the mixture, between 2,000 points"}
+    measures = {
+        "sliced W2": "sliced 2-Wasserstein distance of 20,000 points to 20,000 of the mixture", "W2": "2-Wasserstein distance of 1,500 to 1,500",
+    }  # fmt: skip
 
     def own(self, seed):
         return common.config("mix4", seed=seed, batch_size=self.batch, model=self.model, objective={"label_drop": 0.0})
@@ -111,17 +114,18 @@ class Plane(Part):
 
     def measure(self, workdir, seed, steps, sampler):
         weights = "exact" if workdir == self.teacher(seed) else "ema"
-        return {"W2": wasserstein(common.draw(workdir, {}, 2000, seed=seed, steps=steps, sampler=sampler, weights=weights), truth(2000, seed))}
+        return distances(common.draw(workdir, {}, 20_000, seed=seed, steps=steps, sampler=sampler, weights=weights), seed)
 
     def floor(self, seed):
         """What is left between two sets of true points."""
-        return {"W2": wasserstein(truth(2000, 100 + seed), truth(2000, seed))}
+        return distances(truth(20_000, 100 + seed), seed)
 
 
 class Digits(Part):
     """8x8 digits by class."""
 
     name, base, model, batch, budget, rate, guidance, finest = "digits", "digits", {}, 128, 1500, 5e-4, {"name": "cfg", "scale": 1.5}, 16
+    smooth = {"time_scale": 1.0}
     couplings = ("--count=10000", "--sampler=rk4", "--steps=10", "--batch=500")
     measures = {
         "ratio": "Frechet distance of pixels to held-out digits, divided by that of the training digits",
@@ -149,6 +153,12 @@ class Digits(Part):
         return {"ratio": 1.0}
 
 
+def distances(x, seed: int) -> dict:
+    """What the plane measures of 20,000 points."""
+    true = truth(len(x), seed)
+    return {"sliced W2": sliced(x, true), "W2": wasserstein(x[:1500], true[:1500])}
+
+
 def truth(count: int, seed: int) -> np.ndarray:
     """Points of the four Gaussians."""
     import jax
@@ -165,6 +175,15 @@ def wasserstein(a, b) -> float:
 
     costs = cdist(a, b, "sqeuclidean")
     return float(np.sqrt(costs[linear_sum_assignment(costs)].mean()))
+
+
+def sliced(a, b, directions: int = 180) -> float:
+    """Sliced 2-Wasserstein distance of two equal numbers of points of the plane: the root of the mean square over directions, in each of
+    which points are paired in order. Of a shift by v it is |v| / sqrt 2."""
+    angles = np.pi * np.arange(directions) / directions
+    lines = np.stack([np.cos(angles), np.sin(angles)])
+    a, b = (np.sort(np.asarray(v, np.float64) @ lines, axis=0) for v in (a, b))
+    return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
 # Each method: (part, seed) -> {steps: (workdir, sampler)}.
@@ -249,7 +268,7 @@ def matching(steps):
 def meanflow(part, seed):
     guide = {"scale": 1.0, "mix": 1 - 1 / part.guidance["scale"], "label_drop": 0.1} if part.guidance else {}
     objective = {"name": "meanflow", "time": {"name": "logit_normal", "mean": -0.4, "std": 1.0, "stratified": True}, "same": 0.75} | guide
-    return always(part.train("meanflow", seed, objective, {}, model={"step_embed": True, "time_scale": 1.0}), "flow_map")
+    return always(part.train("meanflow", seed, objective, {}, model={"step_embed": True} | part.smooth), "flow_map")
 
 
 def shortcut(part, seed):
@@ -257,6 +276,45 @@ def shortcut(part, seed):
     objective = {"name": "shortcut", "time": UNIFORM, "bootstrap": 0.25, "finest": 32} | guide
     averages = {"target": {"name": "constant", "decay": 0.99}}
     return always(part.train("shortcut", seed, objective, {}, model={"step_embed": True}, ema=averages), "flow_map")
+
+
+def gan(part, seed):
+    """DMD2 in one step: the discriminator is the teacher's network with a head on its features, which the plane's have none of."""
+    if part.base == "mix4":
+        return {}
+    objective = {"name": "distribution_matching_gan", "steps": 1, "adversarial_weight": 3e-3, "time": {"name": "uniform", "t_min": 0.02, "t_max": 0.98}}
+    adam = {"name": "adamw", "b1": 0.0, "b2": 0.99, "clip": 1.0, "schedule": {"name": "constant", "rate": part.rate / 2, "warmup": 20}}
+    start = {"checkpoint": str(part.start(seed))}
+    judge = start | {"model": part.own(seed)["model"] | {"projector": {"layer": 2, "features": 1, "hidden": 64}}, "optimizer": adam}
+    roles = {"teacher": part.teacher(seed), "net": start | {"every": 5}, "fake": start | {"optimizer": adam}, "discriminator": judge}
+    return {1: (part.train("distribution_matching_gan", seed, objective, roles, guided=True, optimizer=adam), "renoise")}
+
+
+def continuous(name):
+    """sCM, with a teacher or without."""
+
+    def method(part, seed):
+        objective = {"name": name, "time": {"name": "edm_lognormal", "p_mean": -0.8, "p_std": 1.6, "stratified": True}, "warmup": 500}
+        roles = {"teacher": part.teacher(seed)} if name == "scm_distillation" else {}
+        return always(part.train(name, seed, objective, roles, guided=bool(roles), model=part.smooth), "renoise")
+
+    return method
+
+
+def moments(steps):
+    def method(part, seed):
+        objective = {"name": "moment_matching", "steps": steps, "time": {"name": "uniform", "t_min": 0.02}}
+        adam = {"name": "adamw", "b1": 0.0, "b2": 0.99, "clip": 1.0, "schedule": {"name": "cosine", "rate": part.rate, "warmup": 20}}
+        roles = teaching(part, seed) | {"auxiliary": part.start(seed)}
+        return {steps: (part.train(f"moment_matching_{steps}", seed, objective, roles, guided=True, optimizer=adam), "ancestral")}
+
+    return method
+
+
+def inductive(part, seed):
+    """IMM; its guidance is at sampling, so that of digits goes without."""
+    objective, begin = {"name": "inductive_moment_matching", "particles": 4}, {"grid": {"name": "uniform", "t_start": 0.994}}
+    return always(part.train("imm", seed, objective, {}, model={"step_embed": True}, sample=begin), "flow_map")
 
 
 METHODS = {
@@ -269,8 +327,14 @@ METHODS = {
     "consistency training": consistency_training,
     "distribution matching, 1 step": matching(1),
     "distribution matching, 4 steps": matching(4),
+    "distribution matching with a GAN, 1 step": gan,
     "MeanFlow, from nothing": meanflow,
     "shortcut model, from nothing": shortcut,
+    "sCM distillation": continuous("scm_distillation"),
+    "sCM training, from nothing": continuous("scm_training"),
+    "moment matching, 1 step": moments(1),
+    "moment matching, 4 steps": moments(4),
+    "IMM, from nothing": inductive,
 }
 
 
@@ -291,6 +355,8 @@ def main():
         if ONLY.value and not any(word in name for word in ONLY.value):
             continue
         runs = [method(part, s) for s in seeds]
+        if not runs[0]:
+            continue
         info = json.loads((pathlib.Path(next(iter(runs[0].values()))[0]) / "config.json").read_text())
         trained[name] = info["config"]["steps"]
         measured(name, runs)
