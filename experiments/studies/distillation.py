@@ -18,7 +18,7 @@ from experiments.studies import common
 from flowjax.train import runtime
 
 PART = flags.DEFINE_enum("part", "plane", ["plane", "digits"], "Which of the two.")
-ONLY = flags.DEFINE_list("only", [], "Methods to run, by a part of their names; none: all.")
+CHOSEN = flags.DEFINE_list("methods", [], "Methods to run, by a part of their names; none: all.")
 STEPS = (1, 2, 4, 8)
 UNIFORM = {"name": "uniform", "stratified": True}
 ONE_STEP = {"name": "steps", "count": 1, "stratified": True}
@@ -352,7 +352,7 @@ def main():
     measured("teacher, Heun 25", [{25: (part.teacher(s), "heun")} for s in seeds])
     trained = {}
     for name, method in METHODS.items():
-        if ONLY.value and not any(word in name for word in ONLY.value):
+        if CHOSEN.value and not any(word in name for word in CHOSEN.value):
             continue
         runs = [method(part, s) for s in seeds]
         if not runs[0]:
