@@ -110,9 +110,9 @@ def frechet(results: dict) -> dict:
 
 
 def spread(values) -> str:
-    """"mean ± standard deviation" over seeds, four significant digits."""
+    """"mean ± standard deviation" over seeds, four significant digits; of one seed the value alone."""
     values = np.asarray(values, float)
-    return f"{values.mean():.4g} ± {values.std(ddof=1) if len(values) > 1 else 0:.2g}"
+    return f"{values.mean():.4g}" + (f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else "")
 
 
 def table(name: str, head: list[str], rows: list[list]):

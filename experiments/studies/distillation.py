@@ -3,8 +3,8 @@
     python -m experiments.study distillation --part=plane      four Gaussians, taught by their exact velocity; minutes
     python -m experiments.study distillation --part=digits     taught by the networks of experiments.study digits; hours
 
-A budget is counted in steps of the teacher's own training: a method whose step costs twice as much takes half as many. (Of a player
-that acts in some steps only, each step is counted.)
+A budget is counted in steps of the teacher's own training: a method whose step costs twice as much takes half as many. What it takes
+to make couplings is not in it, and is told beside.
 """
 
 import functools
@@ -24,13 +24,15 @@ UNIFORM = {"name": "uniform", "stratified": True}
 ONE_STEP = {"name": "steps", "count": 1, "stratified": True}
 
 
-def cost(settings: dict) -> int:
-    """FLOP of one train step."""
+def cost(settings: dict) -> float:
+    """FLOP of one train step, on average where a player acts in every few steps only (all of one pace, if several)."""
     from flowjax.models import flops
     from flowjax.train.assembly import Run
 
     run = Run(settings)
-    return flops.count(run.step(), run.target, run.frozen, run.batch())
+    step = run.step(), run.target, run.frozen, run.batch()
+    full, rest, pace = flops.count(*step), flops.count(*step, branch=min), max(run.every.values())
+    return rest + (full - rest) / pace
 
 
 class Part:
@@ -48,19 +50,24 @@ class Part:
         settings |= {
             "objective": objective, "roles": {role: v if isinstance(v, dict) else {"checkpoint": str(v)} for role, v in roles.items()},
             "optimizer": {"name": "adamw", "clip": 1.0, "schedule": {"name": "cosine", "rate": self.rate, "warmup": 20}},
-            "ema": {"ema": {"name": "constant", "decay": 0.99}}, "steps": 1,
+            "ema": {"ema": {"name": "warmup", "decay": 0.99}}, "steps": 1,
         }  # fmt: skip
         for key, value in changes.items():
             settings[key] = settings[key] | value if key in ("model", "ema", "sample") else value
         settings["sample"] |= {"every": 0, "guidance": "none"}
         settings["validation"] |= {"every": 0}
-        workdir = f"distillation/{self.name}/{name}/{seed}"
+        workdir = f"distillation/{self.name}/{self.budget}/{name}/{seed}"
         # The cost is that of the first time, so that a workdir is found again without asking for it.
         file = pathlib.Path(common.RUNS.value) / workdir / "config.json"
         known = json.loads(file.read_text())["config"]["steps"] if file.exists() else 0
         settings["steps"] = known or max(1, round(share * self.budget * self.unit() / cost(settings)))
         settings["checkpoint"] |= {"every": settings["steps"]}
         return common.train(workdir, settings)
+
+    @property
+    def scratch(self) -> dict:
+        """Changes for a network that begins from nothing: the teacher's own optimizer."""
+        return {"optimizer": self.own(0)["optimizer"]}
 
     @functools.cache
     def unit(self) -> int:
@@ -72,7 +79,7 @@ class Part:
         out = pathlib.Path(common.RUNS.value).absolute() / f"distillation/{self.name}/couplings/{name}/{seed}"
         if not (out / "manifest.json").exists():
             how = ["--guidance=" + (str(self.guidance["scale"]) if guided and self.guidance else "none"), *self.couplings]
-            common.binary("tools.make_couplings", f"--checkpoint={pathlib.Path(source).absolute()}", f"--out={out}", f"--seed={seed}", *how)
+            common.binary("tools.make_couplings", f"--checkpoint={pathlib.Path(source).absolute()}", f"--out={out}", f"--seed={1000 + seed}", *how)
         return {"name": "array_record", "path": str(out)}
 
 
@@ -81,7 +88,11 @@ class Plane(Part):
 
     name, base, model, batch, budget, rate, guidance, finest = "plane", "mix4", {"num_classes": 0}, 1024, 3000, 1e-3, None, 32
     smooth = {"time_scale": 10.0}  # of networks that are differentiated by t
+    # Norms of single examples, which hardly differ between images, favour some points of a plane over others.
+    plain = {"meanflow": {"power": 0.0}, "scm_training": {"normalise": False}}
     couplings = ("--count=50000", "--sampler=rk4", "--steps=50", "--batch=5000")
+    couplings_cost = 50_000 * 50 * 4 / (3000 * 1024 * 3)  # network passes; a train step has three
+    notes = ()
     measures = {
         "sliced W2": "sliced 2-Wasserstein distance of 20,000 points to 20,000 of the mixture", "W2": "2-Wasserstein distance of 1,500 to 1,500",
     }  # fmt: skip
@@ -126,7 +137,10 @@ class Digits(Part):
 
     name, base, model, batch, budget, rate, guidance, finest = "digits", "digits", {}, 128, 1500, 5e-4, {"name": "cfg", "scale": 1.5}, 16
     smooth = {"time_scale": 1.0}
+    plain = {"meanflow": {}, "scm_training": {}}
     couplings = ("--count=10000", "--sampler=rk4", "--steps=10", "--batch=500")
+    couplings_cost = 10_000 * 10 * 4 * 2 / (1500 * 128 * 3)
+    notes = ("All are guided (scale 1.5), which raises agreement and distance alike, but consistency training, sCM training and IMM.", "")
     measures = {
         "ratio": "Frechet distance of pixels to held-out digits, divided by that of the training digits",
         "agreement": "class agreement %, by a scikit-learn SVM", "coverage": "coverage of held-out digits %",
@@ -150,7 +164,7 @@ class Digits(Part):
         return {"ratio": common.frechet(found)["ratio"], "agreement": 100 * found["agreement"]["agreement"], "coverage": 100 * coverage}
 
     def floor(self, seed):
-        return {"ratio": 1.0}
+        return {}
 
 
 def distances(x, seed: int) -> dict:
@@ -241,13 +255,13 @@ def progressive(part, seed):
 
 
 def consistency_distillation(part, seed):
-    objective = {"name": "consistency_distillation", "steps": 18, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03}
+    objective = {"name": "consistency_distillation", "steps": 16, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03}
     averages = {"target": {"name": "constant", "decay": 0.95}}
     return always(part.train("consistency_distillation", seed, objective, teaching(part, seed), guided=True, ema=averages), "renoise")
 
 
 def consistency_training(part, seed):
-    objective = {"name": "consistency_training", "steps": 18, "metric": "pseudo_huber", "huber": 0.03}
+    objective = {"name": "consistency_training", "steps": 16, "metric": "pseudo_huber", "huber": 0.03}
     averages = {"target": {"name": "constant", "decay": 0.0}}
     return always(part.train("consistency_training", seed, objective, {"net": part.start(seed)}, ema=averages), "renoise")
 
@@ -267,15 +281,16 @@ def matching(steps):
 
 def meanflow(part, seed):
     guide = {"scale": 1.0, "mix": 1 - 1 / part.guidance["scale"], "label_drop": 0.1} if part.guidance else {}
-    objective = {"name": "meanflow", "time": {"name": "logit_normal", "mean": -0.4, "std": 1.0, "stratified": True}, "same": 0.75} | guide
-    return always(part.train("meanflow", seed, objective, {}, model={"step_embed": True} | part.smooth), "flow_map")
+    objective = {"name": "meanflow", "time": {"name": "logit_normal", "mean": -0.4, "std": 1.0, "stratified": True}, "same": 0.75}
+    changes = part.scratch | {"model": {"step_embed": True} | part.smooth}
+    return always(part.train("meanflow", seed, objective | guide | part.plain["meanflow"], {}, **changes), "flow_map")
 
 
 def shortcut(part, seed):
     guide = {"guidance": part.guidance["scale"], "label_drop": 0.1} if part.guidance else {}
     objective = {"name": "shortcut", "time": UNIFORM, "bootstrap": 0.25, "finest": 32} | guide
     averages = {"target": {"name": "constant", "decay": 0.99}}
-    return always(part.train("shortcut", seed, objective, {}, model={"step_embed": True}, ema=averages), "flow_map")
+    return always(part.train("shortcut", seed, objective, {}, model={"step_embed": True}, ema=averages, **part.scratch), "flow_map")
 
 
 def gan(part, seed):
@@ -296,7 +311,8 @@ def continuous(name):
     def method(part, seed):
         objective = {"name": name, "time": {"name": "edm_lognormal", "p_mean": -0.8, "p_std": 1.6, "stratified": True}, "warmup": 500}
         roles = {"teacher": part.teacher(seed)} if name == "scm_distillation" else {}
-        return always(part.train(name, seed, objective, roles, guided=bool(roles), model=part.smooth), "renoise")
+        changes = part.scratch | {"model": part.smooth}
+        return always(part.train(name, seed, objective | part.plain.get(name, {}), roles, guided=bool(roles), **changes), "renoise")
 
     return method
 
@@ -314,7 +330,7 @@ def moments(steps):
 def inductive(part, seed):
     """IMM; its guidance is at sampling, so that of digits goes without."""
     objective, begin = {"name": "inductive_moment_matching", "particles": 4}, {"grid": {"name": "uniform", "t_start": 0.994}}
-    return always(part.train("imm", seed, objective, {}, model={"step_embed": True}, sample=begin), "flow_map")
+    return always(part.train("imm", seed, objective, {}, model={"step_embed": True}, sample=begin, **part.scratch), "flow_map")
 
 
 METHODS = {
@@ -330,7 +346,7 @@ METHODS = {
     "distribution matching with a GAN, 1 step": gan,
     "MeanFlow, from nothing": meanflow,
     "shortcut model, from nothing": shortcut,
-    "sCM distillation": continuous("scm_distillation"),
+    "sCM distillation, from nothing": continuous("scm_distillation"),
     "sCM training, from nothing": continuous("scm_training"),
     "moment matching, 1 step": moments(1),
     "moment matching, 4 steps": moments(4),
@@ -348,8 +364,8 @@ def main():
             for n, (workdir, sampler) in run.items():
                 found.setdefault((name, n), []).append(part.measure(workdir, seed, n, sampler))
 
-    measured("teacher, Euler", [always(part.teacher(s), "euler") for s in seeds])
-    measured("teacher, Heun 25", [{25: (part.teacher(s), "heun")} for s in seeds])
+    measured("teacher", [always(part.teacher(s), "euler") for s in seeds])
+    measured("teacher", [{25: (part.teacher(s), "heun")} for s in seeds])
     trained = {}
     for name, method in METHODS.items():
         if CHOSEN.value and not any(word in name for word in CHOSEN.value):
@@ -365,12 +381,15 @@ def main():
 
 
 def write(part, seeds, found, trained):
-    """The page, its tables and its figure."""
+    """The page, its tables and its figure; under another name while --methods leaves some out."""
+    title = f"distillation_{part.name}" + "_part" * bool(CHOSEN.value)
     text = [
         f"# Distillation: {part.name}", "",
-        f"`python -m experiments.study distillation --part={part.name}`: mean ± standard deviation over {len(seeds)} seed(s).", "",
+        f"`python -m experiments.study distillation --part={part.name} --seeds={len(seeds)}`: mean ± standard deviation over the seeds.", "",
         f"{part.__doc__} Every method has the computation of {part.budget:,} of the teacher's training steps; the last column says how many steps",
-        "of its own (of its last stage) these were.", "",
+        "of its own (of its last stage) these were. Progressive distillation shares it among its stages, so that its students of more steps",
+        f"have had less. Couplings (output distillation, reflow, InstaFlow) cost as much as {part.couplings_cost:.2g} such budgets besides, each time they are",
+        "made. Students begin as a network trained on the data, for which the others, from nothing, are not repaid.", "", *part.notes,
     ]  # fmt: skip
     names = list(dict.fromkeys(name for name, _ in found))
     for i, (key, meaning) in enumerate(part.measures.items()):
@@ -380,8 +399,8 @@ def write(part, seeds, found, trained):
             rows.append([name, *cells, trained.get(name, "")])
         floor = [part.floor(s).get(key) for s in seeds]
         text += [f"## {meaning}", ""] + ([f"Of true samples: {common.spread(floor)}.", ""] if None not in floor else [])
-        head = ["", *(f"{n} step{'s' * (n > 1)}" for n in STEPS), "25 steps of Heun", "trained steps"]
-        text += [common.table(f"distillation_{part.name}_{i}", head, rows), ""]
+        head = ["Euler, or the method's own sampler", *(f"{n} step{'s' * (n > 1)}" for n in STEPS), "25 steps of Heun", "trained steps"]
+        text += [common.table(f"{title}_{i}", head, rows), ""]
 
     key = next(iter(part.measures))
 
@@ -389,10 +408,10 @@ def write(part, seeds, found, trained):
         for i, name in enumerate(names):
             points = [(n, np.mean([m[key] for m in found[name, n]])) for n in STEPS if (name, n) in found]
             if points:
-                axes.plot(*zip(*points), "o-" if i else "k--", ms=3, color=f"C{i}" if i else "k", label=name)
+                axes.plot(*zip(*points), ("o-", "s:")[i // 10] if i else "k--", ms=3, color=f"C{i}" if i else "k", label=name)
         axes.set(xlabel="steps", ylabel=key, xscale="log", yscale="log", xticks=STEPS, xticklabels=STEPS)
         axes.legend(fontsize=6)
 
-    common.figure(f"distillation_{part.name}", draw, (6, 4))
-    text += [f"![{key} over steps](distillation_{part.name}.png)"]
-    common.page(f"distillation_{part.name}", "\n".join(text))
+    common.figure(title, draw, (6, 4))
+    text += [f"![{key} over steps]({title}.png)"]
+    common.page(title, "\n".join(text))

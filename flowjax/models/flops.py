@@ -11,24 +11,24 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count(fn: Callable, *args) -> int:
+def count(fn: Callable, *args, branch: Callable = max) -> int:
     """Floating-point operations of the matrix products and convolutions of fn(*args); one multiply-add is TWO.
 
     Arguments may be jax.ShapeDtypeStruct. Papers of the DiT family print multiply-adds, half of this number, as "Gflops".
-    Scan bodies count once per iteration, of the branches of a cond the dearest counts, and what remat recomputes counts
+    Scan bodies count once per iteration, of the branches of a cond the dearest counts (or min, the cheapest: `branch`), and what remat recomputes counts
     again: for utilisation take three times the forward pass rather than the count of a rematerialised gradient. Fused
     attention kernels are opaque; count the network with attention = "xla".
 
     Raises ValueError for a matrix product inside a `while` loop, whose number of turns is not known.
     """
-    return 2 * _macs(jax.make_jaxpr(fn)(*args).jaxpr)
+    return 2 * _macs(jax.make_jaxpr(fn)(*args).jaxpr, branch)
 
 
-def _macs(jaxpr: Jaxpr) -> int:
-    return sum(_macs_of(eqn) for eqn in jaxpr.eqns)
+def _macs(jaxpr: Jaxpr, branch: Callable) -> int:
+    return sum(_macs_of(eqn, branch) for eqn in jaxpr.eqns)
 
 
-def _macs_of(eqn) -> int:
+def _macs_of(eqn, branch: Callable) -> int:
     name = eqn.primitive.name
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -40,9 +40,9 @@ def _macs_of(eqn) -> int:
         per_output = math.prod(kernel) // kernel[features]
         return math.prod(eqn.outvars[0].aval.shape) * per_output // math.prod(eqn.params["lhs_dilation"])
 
-    inner = [_macs(sub) for sub in _subjaxprs(eqn.params)]
+    inner = [_macs(sub, branch) for sub in _subjaxprs(eqn.params)]
     if name == "cond":
-        return max(inner)
+        return branch(inner)
     if name == "scan":
         return eqn.params["length"] * sum(inner)
     if name == "shard_map":  # the body is one device's share
