@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
                 "name": "latent_consistency", "steps": 50, "skip": 2, "scale_min": 1.0, "scale_max": 4.0,
                 "metric": "pseudo_huber", "huber": 0.03,
             },
-            "ema": {"ema": {"name": "constant", "decay": 0.999}, "target": {"name": "constant", "decay": 0.95}},
+            "ema": {"ema": {"name": "warmup", "decay": 0.99}, "target": {"name": "constant", "decay": 0.95}},
             "optimizer": {"name": "adamw", "schedule": {"name": "cosine", "rate": 5e-4, "warmup": 1 if smoke else 50}, "clip": 1.0},
             "roles": {"teacher": {"checkpoint": "runs/digits"}, "net": {"checkpoint": "runs/digits"}},
             "sample": base["sample"] | {"steps": 2, "sampler": "renoise", "guidance": {"name": "embedded", "scale": 2.0}},

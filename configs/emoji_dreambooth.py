@@ -10,12 +10,15 @@ network made of the class before; the loss is the sum of their two means. --conf
 """
 
 from configs import digits_lora, emoji_pixel
+from flowjax.config import ConfigError
 from flowjax.train.settings import config_dict
 
 
 def get_config(arg: str = "data/emoji,data/my_cat,data/cat_faces"):
     """arg: the data of the base (for its tokenizer), the subject's, those of its class; before them "smoke:" for a few steps."""
     smoke, paths = arg.startswith("smoke:"), arg.removeprefix("smoke:").split(",")
+    if len(paths) != 3:
+        raise ConfigError(f"configs/emoji_dreambooth.py:{arg} should name three data sets with commas between: the base's, the subject's, the class's")
     base = emoji_pixel.get_config(f"{'smoke:' * smoke}{paths[0]}").to_dict()
     subject, rehearsed = ({**base["data"], "path": path} for path in paths[1:])
     lora = {"pattern": digits_lora.KERNELS, "rank": 2 if smoke else 8, "alpha": 2.0 if smoke else 8.0, "dora": False}

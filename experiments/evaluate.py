@@ -10,6 +10,7 @@ import numpy as np
 from absl import flags
 
 from experiments import sampling, shell
+from flowjax import generate
 from flowjax.config import ConfigError, keywords
 from flowjax.train import runtime
 
@@ -74,7 +75,10 @@ def measure_samples(role, params, info, section, checkpoint):
         rule = "in turn: " + ",".join(sampling.LABELS.value) if sampling.LABELS.value else section["labels"]
         cond = sampling.labels(info, count)
         if not sampling.LABELS.value:
-            cond = {"label": protocol.labels(count, info["num_classes"], rule, seed)}
+            seen = generate.classes_of(info["config"], info["num_classes"])
+            cond = {"label": seen[protocol.labels(count, len(seen), rule, seed)]}
+            if len(seen) < info["num_classes"]:
+                rule += " among " + ",".join(map(str, seen))
     elif sampling.captioned(info):
         rule = f"captions of {section['test_split']}, in turn"
         cond = captions(info, checkpoint, data, section["test_split"], count)

@@ -53,6 +53,8 @@ def adapter(text: str, role, params) -> tuple:
         weight = float(weight)
     except ValueError:
         name, weight = text, 1.0
+    if not np.isfinite(weight):
+        raise ConfigError(f"--lora={text}: the weight should be a number")
     if name.endswith(".safetensors"):
         return name, *lora.read(name, role.module, params), None, weight
     its, tree, info = export.stored(name, where="--lora")
@@ -179,7 +181,10 @@ def labels(info: dict, count: int) -> dict:
 
     classes = info["num_classes"] if info["model"].get("num_classes") else 0
     if not LABELS.value:
-        return {"label": generate.balanced_labels(count, classes)} if classes else {}
+        if not classes:
+            return {}
+        seen = generate.classes_of(info["config"], classes)
+        return {"label": seen[generate.balanced_labels(count, len(seen))]}
     if not classes:
         raise ConfigError("--labels: this network has no classes")
     try:

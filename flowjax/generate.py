@@ -92,6 +92,11 @@ def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 2
     return np.concatenate(out)[:count]
 
 
+def classes_of(config, num_classes: int) -> np.ndarray:
+    """The classes that a run of this config has seen: those of data.classes, or all."""
+    return np.asarray(keywords(config["data"]).get("classes") or range(num_classes), np.int32)
+
+
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
     """0, 1, ..., K-1, 0, 1, ...: int32 (count,)."""
     return (np.arange(count) % num_classes).astype(np.int32)

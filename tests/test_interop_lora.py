@@ -161,13 +161,24 @@ def test_a_layout_becomes_the_other(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
 
 
-def test_without_a_header_alpha_is_the_rank_and_pefts_names_are_read(tmp_path):
+def test_without_a_header_alpha_is_the_rank_unless_peft_says_otherwise_beside_it(tmp_path):
     _, net, params, tree, made = case("dit")
     state, _ = interop.to_file(net, params, tree, made, "diffusers")
-    save_file({k.replace("transformer.", "base_model.model.", 1): np.array(v, order="C") for k, v in state.items()}, tmp_path / "adapter_model.safetensors")
-    back, its = interop.read(tmp_path / "adapter_model.safetensors", net, params)
+    arrays = lambda prefix: {k.replace("transformer.", prefix, 1): np.array(v, order="C") for k, v in state.items()}  # noqa: E731
+    save_file(arrays("transformer."), tmp_path / "plain.safetensors")
+    assert interop.read(tmp_path / "plain.safetensors", net, params)[1].scale == 1.0
+    # peft keeps the scale in a file of its own.
+    file, beside = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(arrays("base_model.model."), file)
+    with pytest.raises(ConfigError, match="adapter_config.json, which is missing"):
+        interop.read(file, net, params)
+    beside.write_text(json.dumps({"r": made.rank, "lora_alpha": 4 * made.rank}))
+    back, its = interop.read(file, net, params)
     jax.tree.map(np.testing.assert_array_equal, back, tree)
-    assert its.scale == 1.0
+    assert its.scale == 4.0
+    beside.write_text(json.dumps({"r": made.rank, "lora_alpha": 8, "use_rslora": True}))
+    with pytest.raises(ConfigError, match="use_rslora"):
+        interop.read(file, net, params)
 
 
 def test_what_does_not_fit_is_named(tmp_path):

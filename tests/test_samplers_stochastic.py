@@ -122,6 +122,8 @@ def test_diffusion_coefficients():
         assert float(DIFFUSIONS["sbdm"](path, t, s)) == pytest.approx(float(path.diffusion(t)) / 2)
     assert float(DIFFUSIONS["sbdm"](RF, jnp.asarray(1.0), s)) == 0.0
     assert float(DIFFUSIONS["flow_grpo"](RF, jnp.asarray(1.0), s)) == pytest.approx(9 / 8)
+    # A grid for eps starts where a is next to nothing and not nothing: the same first step, not one a thousand times as wide.
+    assert float(DIFFUSIONS["flow_grpo"](RF, jnp.asarray(0.999), s)) == pytest.approx(9 / 8, rel=2e-3)
 
 
 def test_transition_reports_the_law_of_the_step():

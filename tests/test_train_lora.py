@@ -270,6 +270,7 @@ def test_a_base_that_is_gone_or_changed_is_an_error(base, run, tmp_path):
         ({"roles": {"net": {"lora": {"pattern": "q", "rank": 2}}}}, "roles.net.lora adapts the network of roles.net.checkpoint, which is missing"),
         ({"roles": {"vae": {"checkpoint": "x", "lora": {"pattern": "q", "rank": 2}}}}, "roles.vae is frozen"),
         ({"model": DIT | {"width": 32}}, "roles.net.checkpoint does not fit the model"),
+        ({"optimizer": {"name": "muon", "schedule": {"name": "constant"}}}, "'muon' is for whole matrices, and an adapter"),
     ],
 )
 def test_runs_that_cannot_be(base, changes, message, tmp_path):

@@ -31,6 +31,8 @@ def main():
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))
         out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": sampling.told(chosen)}
+        if name == "against":
+            out[name]["sampling"].pop("lora", None)  # adapters are of --checkpoint
         if cond:
             if judge is None:
                 source = export.info_of(DATA.value) if DATA.value else info

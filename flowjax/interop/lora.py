@@ -17,7 +17,6 @@ whose parts share B.
 
 import itertools
 import json
-import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.unet import UNet
+from flowjax.train import files as paths
 from flowjax.train.lora import Lora, parts
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -358,7 +358,7 @@ def _header(ranks, lora, layout, prefix) -> dict[str, str]:
 
 def write(file, net, params, adapter, lora: Lora, layout: str):
     """Write the safetensors file of an adapter."""
-    pathlib.Path(file).write_bytes(files.packed(*to_file(net, params, adapter, lora, layout)))
+    paths.path(file).write_bytes(files.packed(*to_file(net, params, adapter, lora, layout)))
 
 
 def read(file, net, params):
@@ -380,7 +380,9 @@ def read(file, net, params):
     if strange := sorted(modules.keys() - called.keys()):
         some = ", ".join(strange[:4]) + " ..." * (len(strange) > 4)
         raise ConfigError(f"{file} adapts {some}, which a {type(net).__name__} of this size lacks")
-    alphas = _alphas(header, layout, names.prefix)
+    if layout == "diffusers" and HEADER not in header and any(key.startswith("base_model.model.") for key in state):
+        header = header | {HEADER: _beside(file)}
+    alphas = _alphas(header, layout, names.prefix, file)
     made, scales, ranks = {}, [], set()
     for name, found in modules.items():
         module, group = called[name]
@@ -430,8 +432,18 @@ def _called(net, layout, kernels) -> dict[str, tuple]:
     return {prefix + spell(module): (module, group) for prefix, (module, group) in itertools.product(prefixes, groups.items())}
 
 
-def _alphas(header, layout, prefix) -> Callable:
+def _beside(file) -> str:
+    """The settings of a file of peft itself, which are in a file of their own."""
+    beside = paths.path(file).parent / "adapter_config.json"
+    if not beside.exists():
+        raise ConfigError(f"{file} is a file of peft, whose scale is in {beside}, which is missing")
+    return beside.read_text()
+
+
+def _alphas(header, layout, prefix, file) -> Callable:
     """alpha(module, rank) by the header; without one, alpha is the rank, as diffusers and kohya have it."""
     told = files.parse(header[HEADER], HEADER) if layout == "diffusers" and HEADER in header else {}
     told = {k.removeprefix(f"{prefix}."): v for k, v in told.items()}
+    if told.get("use_rslora"):
+        raise ConfigError(f"{file} is scaled by alpha / sqrt(rank) (use_rslora), which is not supported")
     return lambda module, rank: float((told.get("alpha_pattern") or {}).get(module, told.get("lora_alpha", rank)))

@@ -52,8 +52,8 @@ def rollout(
         raise ConfigError(f"objective.window = {window} of objective.steps = {steps}: noise is in one step or more, never in the last")
     if noise <= 0:
         raise ConfigError(f"objective.noise = {noise} should be positive: without noise there are no probabilities")
-    if move < 0:
-        raise ConfigError(f"objective.move = {move} should be at least 0")
+    if move < 0 or (move and count == steps - 1):
+        raise ConfigError(f"objective.move = {move} should be at least 0, and 0 where objective.window = {window} leaves no place to move to")
     at = jnp.asarray(times.grid(steps, net.path, prediction=net.prediction, **keywords(grid)), jnp.float32)
     key_start, key_walk, key_place = jax.random.split(key, 3)
     places = steps - count

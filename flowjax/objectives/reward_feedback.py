@@ -36,6 +36,8 @@ def rollout(
     steps, grid: those of sampling; time: a section of flowjax.times, for the flow-matching term.
     """
     net, (n, *shape) = nets["net"], batch["x"].shape
+    if not pretrain and time != "uniform":
+        raise ConfigError(f"objective.time = {time!r} is the law of flow matching, which takes no part without objective.pretrain")
     if through < 1 or late < 1 or through + late - 1 > steps:
         bounds = f"should be at least 1, and through + late - 1 at most steps = {steps}"
         raise ConfigError(f"objective.through = {through} and objective.late = {late} {bounds}")
@@ -67,6 +69,8 @@ def loss(
     net, cond, at = nets["net"], batch["cond"], batch["at"]
     if anchor < 0 or pretrain < 0 or strength <= 0:
         raise ConfigError(f"objective.strength = {strength} should be positive, pretrain = {pretrain} and anchor = {anchor} not negative")
+    if not pretrain and weight != "none":
+        raise ConfigError(f"objective.weight = {weight!r} is that of flow matching, which takes no part without objective.pretrain")
     if bool(anchor) != ("reference" in nets):
         raise ConfigError(f"objective.anchor = {anchor}: above 0 it needs roles.reference, which takes no part otherwise")
 

@@ -30,9 +30,10 @@ def _sbdm(path, t, s):
 
 def _flow_grpo(path, t, s):
     # sbdm, with the a of the step's end where its own is 0, as the code of Flow-GRPO (2505.05470) has it: on the rectified path scale
-    # = k^2 / 2 is its sigma_t = k sqrt(t / (1 - t)), and the noise of the first step has the standard deviation k on every grid.
-    a = path.a(t)
-    return path.b(t) * path.wronskian(t) / jnp.where(a > 1e-6, a, path.a(s))
+    # = k^2 / 2 is its sigma_t = k sqrt(t / (1 - t)), and the noise of the first step has the standard deviation k on every grid. Also
+    # where a is next to nothing, as at the start of a grid for eps: there Dif times the step would not be small.
+    a, end = path.a(t), path.a(s)
+    return path.b(t) * path.wronskian(t) / jnp.where(a < 0.1 * end, end, a)
 
 
 # name -> Dif(path, t, s) = g^2 / 2 in the step from t to s (SiT transport/path.py, with its time reversed)

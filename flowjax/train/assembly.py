@@ -122,6 +122,8 @@ class Run:
             raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
         if ("prior" in self.pipeline.manifest) != (keywords(config["objective"]).get("prior") is not None):
             raise ConfigError("data.prior (of a mixture) marks the rows whose weight objective.prior says: give both or none")
+        if "prior" in self.pipeline.manifest and max(self.updates.values()) > 1:
+            raise ConfigError("roles.net.updates > 1 takes slices of a batch, in which the parts of data.prior have other shares; use 1")
         self.example = self._example()
         self._check_teachers()
         self._places()
@@ -414,7 +416,8 @@ class Run:
         if {*self.pipeline.conditions} - {"label", *(conditions.CAPTION if cond else ())}:
             cond = (self.first(count)["cond"] if section["every"] else conditions.zeros(self.pipeline.conditions, count)) | cond
         elif self.pipeline.num_classes:
-            cond["label"] = generate.balanced_labels(count, self.pipeline.num_classes)
+            seen = generate.classes_of(self.config, self.pipeline.num_classes)
+            cond["label"] = seen[generate.balanced_labels(count, len(seen))]
         return cond
 
     def plain(self):

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from flowjax import generate
+from flowjax import conditions, generate
 from flowjax.config import ConfigError
 from flowjax.models import flops
 from flowjax.train import card, checkpoint, files, goodput, log, optim, pictures, posthoc, settings
@@ -255,6 +255,9 @@ def _claim(workdir, this):
         was, now = (_content(i["data"]) for i in (stored, info))
         if None not in was and None not in now and was != now:
             raise ConfigError(f"the data changed since {workdir} began (content {was} -> {now}); use a new workdir")
+        # Before the file says that the run was trained with what is there now.
+        if stored.get("frozen", {}) != (frozen := json.loads(json.dumps(info["frozen"]))):
+            raise ConfigError(f"the frozen networks changed since {workdir} began: {stored.get('frozen')} -> {frozen}")
         # Resolved anew, so that a setting which a later version added counts as its default.
         before = settings.resolve(stored["config"])
         changed = settings.differences(before, this.config)
@@ -281,7 +284,8 @@ def _rates(this, steps, until):
     """Learning rates, up to step `until`, of a run of so many steps."""
     sections = {k: (this.config["roles"].get(k) or {}).get("optimizer") or this.config["optimizer"] for k in this.trained}
     schedules = [optim.schedule_of(section, -(-steps * this.updates[k] // this.every[k])) for k, section in sections.items()]
-    return [np.asarray(s(np.linspace(0, until, 64, dtype=np.float32))).tolist() for s in schedules]
+    ends = [until * this.updates[k] / this.every[k] for k in sections]
+    return [np.asarray(s(np.linspace(0, end, 64, dtype=np.float32))).tolist() for s, end in zip(schedules, ends)]
 
 
 def _listen(stop):
@@ -355,6 +359,8 @@ def _times(this, state, batch, first):
 
     def draw(state, frozen, batch, steps):
         nets = step_lib.nets_of(this.objective, this.roles, state.params, state.ema, frozen)
+        if "text" in nets:  # images are left out, as no time depends on them; captions may be looked at
+            batch = {**batch, "cond": conditions.embed(nets["text"], batch["cond"])}
         rollout = lambda n: this.objective.rollout(nets, {**batch, "step": n}, step_lib.rollout_key(this.config["seed"], n))  # noqa: E731
         return jax.lax.map(lambda n: rollout(n).get("t"), steps)
 

@@ -92,10 +92,15 @@ def _muon(beta: float = 0.95, ns_steps: int = 5, b1: float = 0.9, b2: float = 0.
 
         return jax.tree.map_with_path(one, params)
 
-    labels = lambda params: jax.tree.map_with_path(  # noqa: E731
-        lambda path, p: "muon" if name_of(path).endswith("kernel") and re.search(r"(^|/)blocks/", name_of(path)) and p.ndim == 3 else "adam",
-        params,
-    )
+    def labels(params):
+        names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
+        if any(n.endswith("kernel/down") for n in names):
+            raise ConfigError("optimizer 'muon' is for whole matrices, and an adapter (roles.*.lora) is trained as their factors; use adamw")
+        return jax.tree.map_with_path(
+            lambda path, p: "muon" if name_of(path).endswith("kernel") and re.search(r"(^|/)blocks/", name_of(path)) and p.ndim == 3 else "adam",
+            params,
+        )
+
     muon = optax.contrib.scale_by_muon(beta=beta, ns_steps=ns_steps, weight_dimension_numbers=matrices)
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}, labels)
 
@@ -113,12 +118,12 @@ def _rule(match: str, rate: float = None, decay: float = None):
 
 
 def per_parameter(params, rules: Sequence, decay: float, where: str):
-    """(learning-rate multiplier, weight decay) per leaf: kernels decay, the last matching rule overrides.
+    """(learning-rate multiplier, weight decay) per leaf: kernels (of adapters their two factors) decay, the last matching rule overrides.
 
     rules: sequence of sections of `_rule`; a regular expression that matches nothing is an error.
     """
     names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
-    values = {n: [1.0, decay if n.endswith("kernel") else 0.0] for n in names}
+    values = {n: [1.0, decay if re.search(r"kernel(/down|/up)?$", n) else 0.0] for n in names}
     for i, rule in enumerate(rules):
         rule = config.check(_rule, rule, f"{where}.rules[{i}]")
         try:
