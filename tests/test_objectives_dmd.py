@@ -65,6 +65,15 @@ def test_norm_is_per_example():
     np.testing.assert_allclose(metrics["gradient"], jnp.sqrt(jnp.mean(g**2)), rtol=1e-9)
 
 
+def test_the_norm_is_the_mean_distance_over_dimensions():
+    """By hand: x - D is (1, 3), of mean 2, and D_fake - D is (2, -2)."""
+    says = lambda *x: Model(lambda x_t, t, c, k: jnp.asarray([x]), RF, "x")  # noqa: E731
+    one = jnp.ones((1, 2))
+    batch = {"x_in": one, "z_t": one, "tau": jnp.ones(1), "t": jnp.full(1, 0.5), "cond": {}}
+    value, metrics = player().loss({"net": says(1.0, 3.0), "teacher": says(0.0, 0.0), "fake": says(2.0, -2.0)}, batch, None)
+    assert float(value) == pytest.approx(0.5) and float(metrics["gradient"]) == pytest.approx(1.0)
+
+
 def test_each_player_trains_itself_alone():
     batch, _ = grid(3)
     batch |= {"fake_t": batch["t"], "fake_z": batch["z_t"]}
