@@ -217,7 +217,7 @@ def test_no_noise_on_the_last_step(name, path):
     sampler = {"name": name, "variance": "large"} if name == "ancestral" else name
     steps = affine(sampler, exact.gaussian([0.7], 0.25).model(path), [0.5, 0.3, path.t_min])
     assert abs(steps[1][0]) > 1e-3
-    assert steps[1][1] == 0.0
+    assert abs(steps[1][1]) < 1e-15  # what rounding leaves, not noise
 
 
 @pytest.mark.parametrize("path", PATHS)
