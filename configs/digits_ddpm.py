@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
         **base
         | {
             "model": {
-                "name": "unet", "channels": 8 if smoke else 32, "multipliers": (1, 2), "layers": 1, "attention_levels": (False, True),
+                "name": "unet", "channels": 8 if smoke else 32, "multipliers": (1,) if smoke else (1, 2), "layers": 1, "attention_levels": (0,) if smoke else (1,),
                 "groups": 4, "num_classes": 10, "scale_shift": True, "dropout": 0.1,
             },
             "path": {"name": "vp_linear"},

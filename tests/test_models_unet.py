@@ -265,6 +265,7 @@ def test_remat_recomputes_and_changes_no_gradient(remat):
         ({"multipliers": ()}, "multipliers"),
         ({"multipliers": (0, 1)}, "multipliers"),
         ({"attention_levels": (2,)}, "levels are 0, 1"),
+        ({"attention_levels": (False, True)}, "levels are 0, 1"),
         ({"head_dim": 5}, "head_dim = 5"),
         ({"layers": 0}, "layers = 0"),
         ({"resample": "bilinear"}, "conv, resblock"),

@@ -178,7 +178,8 @@ class UNet(nn.Module):
         lookup(REMAT, self.remat, "model.remat")
         check_sizes("model", self.channels, self.multipliers, self.groups, x)
         levels = range(len(self.multipliers))
-        if not set(self.attention_levels) <= set(levels):
+        # False and True would pass for levels 0 and 1.
+        if not set(self.attention_levels) <= set(levels) or any(isinstance(level, bool) for level in self.attention_levels):
             raise ConfigError(f"model.attention_levels = {self.attention_levels}: the levels are {', '.join(map(str, levels))}")
         if self.layers < 1:
             raise ConfigError(f"model.layers = {self.layers}; it must be at least 1")
