@@ -410,8 +410,9 @@ def write(part, seeds, found, trained):
             if points:
                 axes.plot(*zip(*points), ("o-", "s:")[i // 10] if i else "k--", ms=3, color=f"C{i}" if i else "k", label=name)
         axes.set(xlabel="steps", ylabel=key, xscale="log", yscale="log", xticks=STEPS, xticklabels=STEPS)
-        axes.legend(fontsize=6)
+        axes.minorticks_off()
+        axes.legend(fontsize=6, bbox_to_anchor=(1.01, 1), loc="upper left")
 
-    common.figure(title, draw, (6, 4))
+    common.figure(title, draw, (8, 4))
     text += [f"![{key} over steps]({title}.png)"]
     common.page(title, "\n".join(text))
