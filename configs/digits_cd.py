@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
                 "name": "consistency_distillation", "steps": 18, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03,
                 "guidance": {"name": "cfg", "scale": 2.0},
             },
-            "ema": {"ema": {"name": "constant", "decay": 0.999}, "target": {"name": "constant", "decay": 0.95}},
+            "ema": {"ema": {"name": "warmup", "decay": 0.99}, "target": {"name": "constant", "decay": 0.95}},
             "optimizer": {"name": "adamw", "schedule": {"name": "cosine", "rate": 5e-4, "warmup": 1 if smoke else 50}, "clip": 1.0},
             "roles": {"teacher": {"checkpoint": "runs/digits"}, "net": {"checkpoint": "runs/digits"}},
             "sample": base["sample"] | {"steps": 2, "sampler": "renoise", "guidance": "none"},
