@@ -2,14 +2,18 @@
 
 Samples, measures against the held-out split of the run's data, and writes one protocol record (JSON) per setting. For an
 autoencoder: PSNR and SSIM of the held-out split's reconstructions.
+
+All devices make samples. Several processes, started as those of experiments.train are, make and look at a share each; the
+numbers are those of one process, and process 0 writes them.
 """
 
 import json
 
+import jax
 import numpy as np
 from absl import flags
 
-from experiments import sampling, shell
+from experiments import job, sampling, shell
 from flowjax import generate
 from flowjax.config import ConfigError, keywords
 from flowjax.train import runtime
@@ -30,9 +34,19 @@ def measure_autoencoder(role, params, info, section):
     if given:
         raise ConfigError(f"--{given[0]} means nothing for an autoencoder: its held-out reconstructions are measured")
     x = arrays(info["config"]["data"], section["test_split"])["x"]
-    results = {"reconstruction": image.reconstruction(generator.reconstructions(role, params, x, section["batch"]), x)}
     about = {"samples": len(x), "features": [], "reference": {section["test_split"]: {"count": len(x)}}}
+    x = x[_share(len(x), f"images of {section['test_split']}")]
+    results = {"reconstruction": image.reconstruction(generator.reconstructions(role, params, x, section["batch"]), x)}
     return {"sampler": "reconstruction", "steps": 0, "guidance": None, "label_rule": None, "seed": 0, **about}, results
+
+
+def _share(count, of: str):
+    """This process's rows of `count`."""
+    from flowjax.evals import processes
+
+    if count < jax.process_count():
+        raise ConfigError(f"{count} {of} are too few for {jax.process_count()} processes")
+    return processes.share(count)
 
 
 def captions(info, checkpoint, data, split, count):
@@ -82,7 +96,9 @@ def measure_samples(role, params, info, section, checkpoint):
     elif sampling.captioned(info):
         rule = f"captions of {section['test_split']}, in turn"
         cond = captions(info, checkpoint, data, section["test_split"], count)
-    x = generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value)
+    mine = _share(count, "samples (--count)")
+    cond = {k: v[mine] for k, v in cond.items()}
+    x = generator.build(role, params, info, checkpoint, chosen)(cond, mine.stop - mine.start, seed, sampling.BATCH.value, mine.start)
 
     def real(split):
         # Samples are compared with images, not with latents made of them, and whatever is said of them.
@@ -112,7 +128,15 @@ def measure_samples(role, params, info, section, checkpoint):
 
 
 def main():
-    runtime.setup()
+    job.join()
+    try:
+        return measure()
+    except Exception as error:
+        runtime.leave(error, "start it again")
+        raise
+
+
+def measure():
     from flowjax.evals import protocol
     from flowjax.train import files
 
@@ -133,9 +157,10 @@ def main():
     )  # fmt: skip
     name = f"evaluation-{info['weights'].replace('/', '_')}-{info['step']}-{protocol.digest(circumstances)}.json"
     path = files.path(RECORD.value) if RECORD.value else files.path(checkpoint) / name
-    record.write(path)
-    print(json.dumps(results, indent=1))
-    print(f"record: {path}")
+    if jax.process_index() == 0:
+        record.write(path)
+        print(json.dumps(results, indent=1))
+        print(f"record: {path}")
     return 0
 
 

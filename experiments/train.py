@@ -12,22 +12,18 @@ import sys
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import BEGAN, shell
+from experiments import BEGAN, job, shell
 from flowjax.train import runtime
 
 # Unlocked: a setting that the config leaves at its default can be given too. flowjax checks every key, and says what is valid.
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder (or bucket, gs://...) of the run: checkpoints, metrics, pictures.")
-COORDINATOR = flags.DEFINE_string("coordinator", "", 'Several processes: host:port of process 0, or "auto".')
-PROCESSES = flags.DEFINE_integer("processes", 0, "Several processes: how many.")
-PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Several processes: which one this is.")
-HEARTBEAT = flags.DEFINE_integer("heartbeat", 100, "Several processes: seconds of silence after which one counts as dead.")
 STOPPED = flags.DEFINE_integer("stopped", 0, "Exit code of a run that saved and left before its end; launchers tell it by that.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    runtime.setup(*runtime.job(COORDINATOR.value, PROCESSES.value, PROCESS_ID.value), HEARTBEAT.value)
+    job.join()
     from flowjax.train import loop, settings
 
     try:

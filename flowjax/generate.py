@@ -81,9 +81,12 @@ def noise(seed, indices, shape):
     return samplers.normal(_keys(seed, indices)[0], jax.ShapeDtypeStruct((len(indices), *shape), jnp.float32))
 
 
-def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250, first: int = 0) -> np.ndarray:
-    """Generate samples first .. first + count - 1 with a jitted `sample`; the last batch is padded, never smaller (one compilation)."""
-    batch = min(batch, count)
+def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250, first: int = 0, multiple: int = 1) -> np.ndarray:
+    """Generate samples first .. first + count - 1 with a jitted `sample`; the last batch is padded, never smaller (one compilation).
+
+    multiple: the rows of a batch are rounded up to such, as many devices that share them ask for.
+    """
+    batch = -(-min(batch, count) // multiple) * multiple
     out = []
     for start in range(0, count, batch):
         rows = np.arange(start, start + batch)

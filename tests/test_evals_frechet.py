@@ -146,7 +146,9 @@ def test_bad_features_are_refused():
 
 def test_gather_on_one_process_is_the_local_set():
     stats = frechet.statistics(draw(9, 2))
-    assert frechet.gather(stats) is stats
+    assert frechet.gather(stats).n == 9
+    np.testing.assert_array_equal(frechet.gather(stats).mean, stats.mean)
+    np.testing.assert_array_equal(frechet.gather(stats).m2, stats.m2)
 
 
 @pytest.mark.slow
@@ -159,12 +161,18 @@ def test_gather_over_two_processes(tmp_path):
         import sys, jax, numpy as np
         rank = int(sys.argv[1])
         jax.distributed.initialize("localhost:{port}", 2, rank)
-        from flowjax.evals import frechet
+        from flowjax.evals import frechet, processes
         x = np.random.default_rng(0).normal(size=(50, 4)) + 1e3
         s = frechet.gather(frechet.statistics(x[:13] if rank == 0 else x[13:]))
         assert s.n == 50, s.n
         np.testing.assert_allclose(s.mean, x.mean(0), rtol=1e-13)
         np.testing.assert_allclose(s.cov, np.cov(x.T), rtol=1e-10, atol=1e-12)
+        shares = [x[:3], x[3:8]]
+        np.testing.assert_array_equal(processes.gather(shares[rank]), x[:8])
+        np.testing.assert_array_equal(processes.gather(shares[rank][:, 0]), x[:8, 0])
+        np.testing.assert_array_equal(processes.gather(x[:0] if rank else x[:2]), x[:2])
+        np.testing.assert_array_equal(processes.agree(x[rank]), x[0])
+        assert [processes.share(7)] == [[slice(0, 3)], [slice(3, 7)]][rank]
     """)
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flowjax import generate
 from flowjax.config import ConfigError
-from flowjax.train import export
+from flowjax.train import export, generator
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
 from nets import randomise
@@ -172,3 +173,17 @@ def test_optimizer_state_lives_with_its_parameters():
             else:
                 assert place.is_fully_replicated, k
         assert split > 0, name
+
+
+@pytest.mark.slow
+def test_a_generator_uses_every_device(tmp_path):
+    """Rows of a batch on each of the eight, with the samples of one device."""
+    train(tiny(), tmp_path / "run")
+    make, cond = generator.load(tmp_path / "run"), {"label": np.arange(13) % 4}
+    rows = make.sample(make.params, 0, np.arange(16), {"label": np.zeros(16, np.int32)}).sharding
+    assert len(rows.device_set) == 8 and rows.shard_shape((16, 2)) == (2, 2)
+    role, params, info = export.load(tmp_path / "run")
+    alone = jax.jit(generate.make(role, (2,), **generator.chosen(info, {}) | {"negative": None}))
+    want = generate.run(alone, params, cond, 13, seed=1)
+    for batch in (3, 13):
+        np.testing.assert_allclose(make(cond, 13, 1, batch), want, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """What only real processes show: several of them joined by gloo, signals, kills, exit codes."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from flowjax.train import log
-from train_runs import rows, stored
+from train_runs import DIT, rows, stored, tiny, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SETTINGS = ["--config.log.tensorboard=false", "--config.log.progress=false", "--config.model.width=16", "--config.model.dropout=0.1"]
@@ -220,6 +221,49 @@ def test_no_two_shards_share_noise(tmp_path):
             noise.append(alone)
     rows = np.concatenate(noise)
     assert rows.shape == (32, 2) and len(np.unique(rows[:, 0])) == len(np.unique(rows[:, 1])) == 32
+
+
+EVALUATE = """
+import runpy, sys
+from flowjax import generate
+from flowjax.evals import features
+
+run = generate.run
+def spy(*inputs, first=0, **settings):
+    x = run(*inputs, first=first, **settings)
+    print(f"made {len(x)} from {first}")
+    return x
+generate.run = spy
+looked = features.dequantise
+features.dequantise = lambda x: print(f"looked at {len(x)}") or looked(x)
+
+sys.argv[0] = "evaluate"
+runpy.run_module("experiments.evaluate", run_name="__main__")
+"""
+
+
+def test_processes_share_an_evaluation(tmp_path):
+    """Each makes and looks at its own images, and process 0 writes what one process alone finds in all of them."""
+    train(tiny(data={"name": "digits"}, model=DIT, steps=2), tmp_path / "run")
+    flags = [f"--checkpoint={tmp_path / 'run'}", "--count=31", "--batch=5", "--features=pixels,pca", "--metrics=frechet,kid,prdc,agreement,memorisation"]
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + EVALUATE
+    job = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--heartbeat=20"]
+    where = {"one": [], "two": [*job, "--process_id=0"], "other": [*job, "--process_id=1"]}
+    children = [launch("-c", script, *flags, f"--record={tmp_path / name}.json", *more) for name, more in where.items()]
+    (_, one), (_, two), (_, other) = finished = finish(*children)
+    assert [code for code, _ in finished] == [0, 0, 0], finished
+    assert "made 31 from 0" in one and "made 15 from 0" in two and "made 16 from 15" in other
+    assert "looked at 16" in other and "looked at 31" in one and not any(f"looked at {n}" in text for n in (31, 297) for text in (two, other))
+    assert "record: " in two and "record: " not in other and not (tmp_path / "other.json").exists()
+    alone, together = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert alone["samples"] == 31 and set(alone["results"]) >= {"frechet", "kid", "prdc", "agreement", "memorisation"}
+
+    def numbers(value):
+        return [x for v in value.values() for x in numbers(v)] if isinstance(value, dict) else [value]
+
+    assert [str(v) for v in numbers(alone) if not isinstance(v, float)] == [str(v) for v in numbers(together) if not isinstance(v, float)]
+    ours, theirs = ([v for v in numbers(x) if isinstance(v, float)] for x in (together, alone))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # of singular covariances, 31 samples of 64 features, roots of rounding errors
 
 
 def test_sigterm_saves_and_the_same_command_resumes(tmp_path):

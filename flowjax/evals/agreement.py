@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowjax.config import ConfigError, build
+from flowjax.evals import processes
 from flowjax.evals.features import fingerprint
 from flowjax.evals.image import dequantise
 
@@ -51,11 +52,14 @@ def judge(section, images: np.ndarray, labels: np.ndarray) -> Judge:
 
 
 def agreement(images: np.ndarray, labels: np.ndarray, judge: Judge) -> dict:
-    """Share of uint8 images that the judge assigns to the asked class, over all and per class with its most frequent mistake."""
+    """Share of uint8 images that the judge assigns to the asked class, over all and per class with its most frequent mistake.
+
+    images and labels: of several processes, each one's share (flowjax.evals.processes).
+    """
     labels = np.asarray(labels)
     if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
         raise ConfigError(f"labels must be {len(images)} integers, got shape {labels.shape} of {labels.dtype}")
-    seen = judge(images)
+    seen, labels = processes.gather(judge(images)), processes.gather(labels)
     table = {}
     for label in np.unique(labels):
         mine = seen[labels == label]

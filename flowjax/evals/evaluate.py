@@ -7,6 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from flowjax.config import ConfigError, bind, check
@@ -15,6 +16,7 @@ from flowjax.evals import frechet as frechet_
 from flowjax.evals import kid as kid_
 from flowjax.evals import memorisation as memorisation_
 from flowjax.evals import prdc as prdc_
+from flowjax.evals import processes
 from flowjax.evals.features import Features, extractor, fingerprint
 from flowjax.evals.image import QUANTISATION, quantise
 
@@ -26,10 +28,13 @@ BLOCK = 8192  # images per batch of streamed statistics
 class Sets:
     """What the metrics look at: uint8 images (N, H, W, C) and integer labels (N,) of the three sets.
 
-    asked, the labels that samples were asked for, is None when unconditional; judge is None when no metric needs one.
+    Of several processes, each has its share of generated and asked, and all of the real sets, of which it looks at its share;
+    count: how many were generated in all. asked, the labels that samples were asked for, is None when unconditional; judge is
+    None when no metric needs one.
     """
 
     generated: np.ndarray
+    count: int
     asked: np.ndarray | None
     train: np.ndarray
     train_labels: np.ndarray
@@ -42,11 +47,16 @@ class Sets:
     @functools.cached_property
     def compared(self) -> list[tuple[Features, np.ndarray, np.ndarray]]:
         """(network, generated features, held-out features) for every feature network."""
-        return [(net, net(self.generated), net(self.test)) for net in self.features]
+        return [(net, processes.gather(net(self.generated)), features_of(net, self.test)) for net in self.features]
 
     def label(self, prefix: str, net: Features) -> str:
         """The full name of a number: metric, network with hash, sample count."""
-        return f"{prefix}-{net.name}@{len(self.generated)}"
+        return f"{prefix}-{net.name}@{self.count}"
+
+
+def features_of(net: Features, images: np.ndarray) -> np.ndarray:
+    """Features of real images, which every process has all of; each looks at its share of them."""
+    return processes.gather(net(images[processes.share(len(images))]))
 
 
 def frechet(sets: Sets) -> dict:
@@ -66,8 +76,9 @@ def frechet(sets: Sets) -> dict:
                 "would be singular and huge; use features such as {'name': 'pca', 'dim': 64}"
             )
         own, held_out = frechet_.statistics(generated), frechet_.statistics(test)
-        train = frechet_.stream(net(sets.train[i : i + BLOCK]) for i in range(0, len(sets.train), BLOCK))
-        some = np.random.default_rng(sets.seed).permutation(len(sets.train))[: len(generated)]
+        mine = sets.train[processes.share(len(sets.train))]
+        train = frechet_.gather(frechet_.stream(net(mine[i : i + BLOCK]) for i in range(0, len(mine), BLOCK)))
+        some = np.random.default_rng(sets.seed).permutation(len(sets.train))[: sets.count]
         real = frechet_.distance(train, held_out)
         value = frechet_.distance(own, held_out)
         out[sets.label("FD", net)] = {
@@ -75,7 +86,7 @@ def frechet(sets: Sets) -> dict:
             "distance_to_train": frechet_.distance(own, train),
             "train_to_test": real,
             "ratio": value / real if real > 0 else None,
-            "floor": frechet_.distance(frechet_.statistics(net(sets.train[some])), held_out),
+            "floor": frechet_.distance(frechet_.statistics(features_of(net, sets.train[some])), held_out),
             "floor_samples": len(some),
             "expected_bias": frechet_.expected_bias(held_out.cov, own.n, held_out.n),
             "rank_deficient": min(own.n, held_out.n) <= net.dim,
@@ -85,12 +96,12 @@ def frechet(sets: Sets) -> dict:
 
 def kid(sets: Sets, subsets: int = 100, subset_size: int = 1000) -> dict:
     """Unbiased cubic-kernel MMD^2 to held-out, and of train to held-out (`floor`); subsets shrink to the smallest set."""
-    size = min(subset_size, len(sets.generated), len(sets.test), len(sets.train))
+    size = min(subset_size, sets.count, len(sets.test), len(sets.train))
     out = {}
     for net, generated, test in sets.compared:
         value, spread = kid_.kid(generated, test, subsets, size, sets.seed)
         some = np.random.default_rng(sets.seed).permutation(len(sets.train))[: len(test)]
-        floor, _ = kid_.kid(net(sets.train[some]), test, subsets, size, sets.seed)
+        floor, _ = kid_.kid(features_of(net, sets.train[some]), test, subsets, size, sets.seed)
         out[sets.label("KID", net)] = {"distance": value, "subset_sd": spread, "floor": floor, "subset_size": size}
     return out
 
@@ -99,9 +110,9 @@ def prdc(sets: Sets, k_precision: int = 3, k_density: int = 5) -> dict:
     """Precision, recall, density and coverage against held-out, on equal counts (the larger set is cut at random), and `real`:
     the same of as many train images.
     """
-    n = min(len(sets.generated), len(sets.test), len(sets.train))
+    n = min(sets.count, len(sets.test), len(sets.train))
     rng = np.random.default_rng(sets.seed)
-    mine, held, some = (rng.permutation(len(x))[:n] for x in (sets.generated, sets.test, sets.train))
+    mine, held, some = (rng.permutation(count)[:n] for count in (sets.count, len(sets.test), len(sets.train)))
 
     def both(real, generated):
         return {
@@ -113,7 +124,7 @@ def prdc(sets: Sets, k_precision: int = 3, k_density: int = 5) -> dict:
         sets.label("PRDC", net): {
             **both(test[held], generated[mine]),
             "samples": n,
-            "real": both(test[held], net(sets.train[some])),
+            "real": both(test[held], features_of(net, sets.train[some])),
         }
         for net, generated, test in sets.compared
     }
@@ -123,7 +134,8 @@ def agreement(sets: Sets) -> dict:
     """Share of samples that the independent judge assigns to the asked class, and the judge's own accuracy on held-out images."""
     if sets.asked is None:
         raise ConfigError("evals.metrics: agreement needs the labels that the samples were asked for; these are unconditional")
-    own = agreement_.agreement(sets.test, sets.test_labels, sets.judge)["agreement"]
+    mine = processes.share(len(sets.test))
+    own = agreement_.agreement(sets.test[mine], sets.test_labels[mine], sets.judge)["agreement"]
     name = f"{sets.judge.name}-{sets.judge.hash[:8]}"
     return {**agreement_.agreement(sets.generated, sets.asked, sets.judge), "judge": name, "judge_accuracy": own}
 
@@ -131,7 +143,7 @@ def agreement(sets: Sets) -> dict:
 def memorisation(sets: Sets, quantile: float = 0.05, limit: int = 2000) -> dict:
     """Nearest-neighbour evidence of copying, per feature network (see flowjax.evals.memorisation)."""
     return {
-        sets.label("NN", net): memorisation_.memorisation(generated, net(sets.train), test, quantile, limit, sets.seed)
+        sets.label("NN", net): memorisation_.memorisation(generated, features_of(net, sets.train), test, quantile, limit, sets.seed)
         for net, generated, test in sets.compared
     }
 
@@ -153,6 +165,9 @@ def _split(data: Mapping, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def evaluate(images: np.ndarray, labels: np.ndarray | None, data: Mapping, settings: Mapping) -> dict:
     """Measure generated images against real ones.
+
+    Of several processes, each gives its share of the generated images and their labels (flowjax.evals.processes), and all of
+    the real ones; the answer is that of one process with all images, and the same on each.
 
     Args:
       images: generated, float (N, H, W, C) around [-1, 1]; rounded to 8 bits here, once.
@@ -186,9 +201,10 @@ def _evaluate(
     generated = quantise(images, "generated images")
     if not train.shape[1:] == test.shape[1:] == generated.shape[1:]:
         raise ConfigError(f"image shapes differ: generated {generated.shape[1:]}, train {train.shape[1:]}, test {test.shape[1:]}")
-    smallest = min(len(generated), len(test), len(train))
-    if smallest < 10:
-        raise ConfigError(f"evaluation needs at least 10 images in every set, the smallest has {smallest}")
+    count = int(processes.gather(np.array([len(generated)])).sum())
+    smallest, needed = min(count, len(test), len(train)), max(10, jax.process_count())
+    if smallest < needed:
+        raise ConfigError(f"evaluation needs at least {needed} images in every set, the smallest has {smallest}")
     if labels is not None:
         labels = np.asarray(labels)
         unknown = np.setdiff1d(labels, train_labels)
@@ -199,18 +215,18 @@ def _evaluate(
     nets = tuple(extractor(section, train, train_labels, cache) for section in features)
     asks_judge = any(metric.func is agreement for metric in chosen)
     sets = Sets(
-        generated, labels, train, train_labels, test, test_labels, nets,
+        generated, count, labels, train, train_labels, test, test_labels, nets,
         agreement_.judge(judge, train, train_labels) if asks_judge else None, seed,
     )  # fmt: skip
     results = {metric.func.__name__: metric(sets) for metric in chosen}
     results["circumstances"] = {
-        "samples": len(generated),
+        "samples": count,
         "features": [net.name for net in nets],
         "reference": {
             name: {"count": len(x), "hash": fingerprint(x, np.asarray(y, np.int64))[:16]}
             for name, x, y in (("train", train, train_labels), ("test", test, test_labels))
         },
         "quantisation": QUANTISATION,
-        "clipped": float(np.mean(np.abs(images) > 1 + 1 / 127.5)),
+        "clipped": float(np.mean(processes.gather(np.mean(np.abs(images) > 1 + 1 / 127.5, axis=(1, 2, 3))))),
     }
     return results

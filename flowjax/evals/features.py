@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax.config import ConfigError, build
+from flowjax.evals import processes
 from flowjax.evals.image import dequantise
 from flowjax.models.classifier import Classifier
 
@@ -71,6 +72,7 @@ def pca(images: np.ndarray, dim: int = 64) -> Features:
         if not values[-1] > 1e-9 * values[0]:
             raise ConfigError(f"pca.dim = {dim}: {len(flat)} train images span fewer directions")
         basis = centred.T @ rows / np.sqrt(values)
+    mean, basis = processes.agree(mean), processes.agree(basis)
     return Features("pca", fingerprint(mean, basis), dim, lambda x: (dequantise(x).reshape(len(x), -1) - mean) @ basis)
 
 
@@ -131,6 +133,7 @@ def classifier(
             partial = path.with_suffix(f".{os.getpid()}.tmp.npz")  # renamed when whole: a reader never meets half a file
             np.savez(partial, **{f"leaf{i}": leaf for i, leaf in enumerate(leaves)})
             os.replace(partial, path)
+    leaves = [processes.agree(leaf) for leaf in leaves]
     return _penultimate("classifier", net, jax.tree.unflatten(treedef, leaves))
 
 
@@ -139,6 +142,7 @@ def network(images: np.ndarray, checkpoint: str, weights: str = "ema") -> Featur
     from flowjax.train import export
 
     role, params, info = export.load(checkpoint, weights, where="evals.features")
+    params = export.local(params)
     if role.module.kind != "classifier" or role.module.time or tuple(info["shape"]) != images.shape[1:]:
         raise ConfigError(f"evals.features: {checkpoint} is no classifier of clean images of shape {images.shape[1:]}")
     return _penultimate("network", role.module, params)

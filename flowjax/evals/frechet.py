@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flowjax.config import ConfigError
+from flowjax.evals import processes
 
 
 class Statistics(NamedTuple):
@@ -66,16 +67,8 @@ def stream(batches: Iterable[np.ndarray]) -> Statistics:
 
 def gather(local: Statistics) -> Statistics:
     """Statistics of the union over all processes; every process calls it and gets the same answer."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return local
-    packed = np.concatenate([[np.float64(local.n)], local.mean, local.m2.ravel()])
-    # Sent as raw words: without x64, jax would round float64 to float32 and the distance would lose its digits.
-    words = multihost_utils.process_allgather(packed.view(np.uint32))
-    rows = np.ascontiguousarray(words, np.uint32).view(np.float64)
     d = len(local.mean)
+    rows = processes.gather(np.concatenate([[np.float64(local.n)], local.mean, local.m2.ravel()])[None])
     return functools.reduce(merge, (Statistics(int(r[0]), r[1 : d + 1], r[d + 1 :].reshape(d, d)) for r in rows))
 
 

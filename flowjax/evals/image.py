@@ -3,6 +3,7 @@
 import numpy as np
 
 from flowjax.config import ConfigError
+from flowjax.evals import processes
 
 QUANTISATION = "clip(floor(127.5*(x+1)+0.5),0,255)"
 
@@ -76,14 +77,15 @@ def ssim(a: np.ndarray, b: np.ndarray, data_range: float) -> np.ndarray:
 def reconstruction(images: np.ndarray, targets: np.ndarray) -> dict[str, float | int | None]:
     """Mean PSNR over images (not the PSNR of the mean error) and SSIM of reconstructions in [-1, 1], both as 8-bit images.
 
+    Of several processes, each gives its share of the images (flowjax.evals.processes) and gets the numbers of all.
     Images that come back exactly have no finite PSNR: they are left out of its mean and counted. None where nothing is left, or
     where the images are smaller than SSIM's window.
     """
     a, b = quantise(images, "reconstructions"), quantise(targets, "targets")
-    values = psnr(a, b, 255.0)
+    values = processes.gather(psnr(a, b, 255.0))
     finite = values[np.isfinite(values)]
     return {
         "psnr": float(finite.mean()) if len(finite) else None,
-        "ssim": float(ssim(a, b, 255.0).mean()) if min(a.shape[1:3]) >= 11 else None,
+        "ssim": float(processes.gather(ssim(a, b, 255.0)).mean()) if min(a.shape[1:3]) >= 11 else None,
         "identical": int(len(values) - len(finite)),
     }

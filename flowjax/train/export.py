@@ -79,6 +79,11 @@ def abstract(role, info: dict):
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
+def local(params):
+    """Loaded parameters for what this process computes by itself, while the others do something else."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), params)
+
+
 def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
     """(role, params, info) from an export, or from a workdir's newest intact checkpoint; an adapter is merged with its base.
 
@@ -160,7 +165,7 @@ def _companion(path, info, name: str, where: str):
 def companion(path, info, name: str, where: str = "checkpoint"):
     """The callable of the frozen role `name` that a network works with ("vae": Latents, "text": a text encoder), or None."""
     found = _companion(path, info, name, f"{where}: {name}")
-    return found and found[0].net(found[1])
+    return found and found[0].net(local(found[1]))
 
 
 def tokenizer_of(path, info):

@@ -8,11 +8,17 @@ import numpy as np
 
 from flowjax import generate
 from flowjax.config import ConfigError
+from flowjax.models import sharding
 from flowjax.train import export
+from flowjax.train import mesh as mesh_lib
 
 
 class Generator(NamedTuple):
-    """Call it for samples; `info` describes the network (flowjax.train.export)."""
+    """Call it for samples; `info` describes the network (flowjax.train.export).
+
+    They are made on all devices of this process, each of which has the parameters and makes some of a batch's rows. Of several
+    processes each makes what it is asked for.
+    """
 
     sample: Any
     params: Any
@@ -22,7 +28,8 @@ class Generator(NamedTuple):
         """(count, ...) samples for cond, one row a sample: {"label": (count,)}, {"tokens": (count, L)} or {}; batch 0 is the run's
         evaluate.batch; first: number of the first of them among the samples of this seed."""
         batch = batch or self.info["config"]["evaluate"]["batch"]
-        return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch, first=first)
+        devices = jax.local_device_count()
+        return generate.run(self.sample, self.params, cond, count, seed=seed, batch=batch, first=first, multiple=devices)
 
 
 def second_network(guidance, shape):
@@ -38,7 +45,7 @@ def second_network(guidance, shape):
     role, params, info = export.load(source, weights, where="sample.guidance")
     if tuple(info["shape"]) != tuple(shape):
         raise ConfigError(f"sample.guidance: {source} works on {tuple(info['shape'])}, the guided network on {tuple(shape)}")
-    net = role.net(params)
+    net = role.net(export.local(params))
     if role.module.kind == "denoiser":
         return section, {"bad": net}
     if role.module.kind != "classifier" or not role.module.time:
@@ -69,7 +76,15 @@ def build(role, params, info, source, settings: dict | None = None, decode: bool
     if prompt := options.pop("negative"):
         options["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
     given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text")) if decode or k != "codec"}
-    return Generator(jax.jit(generate.make(role, shape, guidance=guidance, besides=besides, **given, **options)), params, info)
+    made, mesh = generate.make(role, shape, guidance=guidance, besides=besides, **given, **options), mesh_lib.make_mesh(devices=jax.local_devices())
+
+    def on_mesh(*arguments):
+        with sharding.use(mesh):
+            return made(*arguments)
+
+    everywhere, rows = jax.NamedSharding(mesh, jax.P()), mesh_lib.batch_sharding(mesh)
+    sample = jax.jit(on_mesh, in_shardings=(everywhere, everywhere, rows, rows), out_shardings=rows)
+    return Generator(sample, jax.device_put(export.local(params), everywhere), info)
 
 
 def resized(info, size):
@@ -92,5 +107,6 @@ def chosen(info, settings: dict) -> dict:
 
 def reconstructions(role, params, x, batch: int):
     """Posterior-mean reconstructions of x (N, H, W, C) by an autoencoder."""
+    params = export.local(params)
     fn = jax.jit(lambda p, x: role.net(p).reconstruct(x))
     return np.concatenate([np.asarray(fn(params, x[i : i + batch])) for i in range(0, len(x), batch)])

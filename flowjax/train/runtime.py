@@ -78,7 +78,7 @@ def job(coordinator: str = "", processes: int = 0, process_id: int = -1, environ
     return coordinator, processes, process_id
 
 
-def leave(error: Exception):
+def leave(error: Exception, advice: str = "the same command resumes from the last checkpoint"):
     """End this process of several at once, saying why: a process that lingers after an error keeps the others waiting.
 
     Exit code 4 where the error came from the devices or from another process (the next step's collective fails when one is
@@ -91,11 +91,11 @@ def leave(error: Exception):
     if isinstance(error, jax.errors.JaxRuntimeError):
         print(
             f"error: {who} cannot go on, most likely because another one ended: {str(error).splitlines()[0]}. "
-            "See what the others said; the same command resumes from the last checkpoint.",
+            f"See what the others said; {advice}.",
             file=sys.stderr,
         )
     else:
-        print(f"error: {who} failed, and the job with it; the same command resumes from the last checkpoint", file=sys.stderr)
+        print(f"error: {who} failed, and the job with it; {advice}", file=sys.stderr)
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
