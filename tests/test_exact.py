@@ -242,6 +242,19 @@ def test_quantile_map_spot_values():
     np.testing.assert_allclose(LINE._rk4_map(RECTIFIED, z, 1.0, 0.0, None, 512)[:, 0], want, atol=1e-8)
 
 
+def test_quantile_map_in_float32():
+    z = jnp.linspace(-2.0, 2.0, 7)[:, None]
+    want = LINE.consistency(RECTIFIED, z, 1.0)
+    np.testing.assert_allclose(LINE.consistency(RECTIFIED, z.astype(jnp.float32), jnp.float32(1.0)), want, atol=2e-6)
+
+
+def test_average_velocity_has_gradients_where_its_interval_is_a_point():
+    x, t = jnp.asarray([[0.8], [-0.3]]), jnp.asarray([0.7, 0.4])
+    data = exact.gaussian(0.3, 0.25)
+    want = jax.grad(lambda x: data.velocity(RECTIFIED, x, t).sum())(x)
+    np.testing.assert_allclose(jax.grad(lambda x: data.average_velocity(RECTIFIED, x, t, t).sum())(x), want, rtol=1e-12)
+
+
 def test_quantile_map_in_the_tails_and_gaps():
     z = jnp.linspace(-9.0, 9.0, 36)[:, None]  # without 0, where F = 1/2 on the whole gap
     gap = exact.mixture([0.5, 0.5], [-3.0, 3.0], 0.1)
@@ -344,7 +357,8 @@ def test_wasserstein():
     np.testing.assert_allclose(got, 5 + np.trace(s1 + s2 - 2 * scipy.linalg.sqrtm(s1 @ s2).real), rtol=1e-12)
     assert exact.wasserstein2_squared((1, 0), s1, (1, 0), s1) == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(exact.wasserstein2_squared([0.0], [[4.0]], [3.0], [[1.0]]), 10.0, rtol=1e-13)
-    assert np.isfinite(exact.wasserstein2_squared((0, 0), np.diag([1.0, 0.0]), (0, 0), np.diag([0.0, 1.0])))
+    # On two axes at right angles: nothing of one is near anything of the other.
+    assert exact.wasserstein2_squared((0, 0), np.diag([1.0, 0.0]), (0, 0), np.diag([0.0, 1.0])) == pytest.approx(2.0, abs=1e-12)
 
 
 def test_mix4():

@@ -422,3 +422,5 @@ def test_published_defaults():
     assert default("predictor_corrector", "snr") == 0.16
     assert default("predictor_corrector", "corrector_updates") == 1
     assert default("churn", "churn") == 40.0
+    assert (default("churn", "s_min"), default("churn", "s_max"), default("churn", "s_noise")) == (0.0, math.inf, 1.0)
+    assert default("euler_maruyama", "scale") == 1.0

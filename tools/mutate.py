@@ -2,17 +2,21 @@
 
     python -m tools.mutate                          # every mutation of the mathematics, objectives and samplers: an hour
     python -m tools.mutate --files objectives/      # files whose path contains one of these
+    python -m tools.mutate --files times.py:75-90   # so many lines of them
     python -m tools.mutate --sample 100 --seed 1    # a random part
     python -m tools.mutate --list                   # what would be changed
 
 Mutations are made in copies of the tree, one per job; the working tree is only read. Each runs, in a process forked from one that has
-imported jax already, the fast tests that TESTS maps its file to: those first that caught a mutation of the same file before, then
-the quickest. A mutation that no test notices is printed as `file:line  old -> new` and makes the exit status 1, unless
-tools/mutate_allow.txt says why it changes nothing. Tests that fail without a mutation are named and left out.
+imported jax already, those fast tests of the files that TESTS maps its file to which enter the mutated function (all of them where it
+is outside of every function, and with --thorough: what a test found compiled already, it does not enter): those first that caught a
+mutation of the same file before, then the quickest. A mutation that no test notices is printed as `file:line  old -> new` and makes
+the exit status 1, unless tools/mutate_allow.txt says why it changes nothing, which is believed but with --thorough. Tests that fail
+without a mutation are named and left out.
 """
 
 import argparse
 import ast
+import builtins
 import collections
 import contextlib
 import importlib.util
@@ -197,6 +201,33 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
 
+def functions(source: bytes) -> list:
+    """The functions and lambdas of a source file, the inner after the outer."""
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+    return sorted(found, key=lambda n: (n.lineno, n.col_offset))
+
+
+def function_of(m: Mutation, source: bytes) -> str | None:
+    """The function that a mutation is in, as `marked` calls it, or None."""
+    place = source.count(b"\n", 0, m.start) + 1, m.start - (source.rfind(b"\n", 0, m.start) + 1)
+    around = [n for n in functions(source) if (n.lineno, n.col_offset) <= place < (n.end_lineno, n.end_col_offset)]
+    return f"{m.path}:{around[-1].lineno}:{around[-1].col_offset}" if around else None
+
+
+def marked(path: str, source: bytes) -> bytes:
+    """The source whose functions say when they are entered."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            name = f"{path}:{node.lineno}:{node.col_offset}"
+            note = ast.parse(f"getattr(__import__('builtins'), 'entered', set()).add({name!r})").body[0]
+            if isinstance(node, ast.Lambda):
+                node.body = ast.Subscript(ast.Tuple([note.value, node.body], ast.Load()), ast.Constant(1), ast.Load())
+            else:
+                node.body.insert(1 if ast.get_docstring(node) is not None else 0, note)
+    return ast.unparse(ast.fix_missing_locations(tree)).encode()
+
+
 def tests_of(path: str) -> list[str]:
     """The test files that a source file is mapped to."""
     best = max((k for k in TESTS if path.startswith(k)), key=len)
@@ -210,19 +241,34 @@ def sources() -> list[str]:
 
 
 class Order:
-    """pytest plugin: the tests most likely to fail first; durations and the first failure are written to a file."""
+    """pytest plugin: the tests most likely to fail first; durations, the first failure and who entered which marked function are
+    written to a file."""
 
-    def __init__(self, out, first=None, left_out=()):
-        self.out, self.first, self.left_out = out, first, left_out
-        self.report = {"seconds": collections.defaultdict(float), "failed": []}
+    def __init__(self, out, first=None, left_out=(), wanted=None):
+        self.out, self.first, self.left_out, self.wanted = out, first, left_out, wanted
+        self.report = {"seconds": collections.defaultdict(float), "failed": [], "entered": collections.defaultdict(list)}
+        builtins.entered = set()
+
+    def note(self, who):
+        """What was entered since the last time, by a test or, in what tests share, by a file of them."""
+        for function in builtins.entered:
+            if who not in self.report["entered"][function]:
+                self.report["entered"][function].append(who)
+        builtins.entered.clear()
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.note(nodeid.split("::")[0])
 
     def pytest_collection_modifyitems(self, items):
+        if self.wanted and (wanted := [i for i in items if i.nodeid in self.wanted or i.nodeid.split("::")[0] in self.wanted]):
+            items[:] = wanted
         items[:] = [item for item in items if item.nodeid not in self.left_out]
         if self.first:
             items.sort(key=lambda item: self.first(item.nodeid))
 
     def pytest_runtest_logreport(self, report):
         self.report["seconds"][report.nodeid] += report.duration
+        self.note(report.nodeid if report.when == "call" else report.nodeid.split("::")[0])
         if report.failed:
             self.report["failed"].append(report.nodeid)
 
@@ -249,7 +295,7 @@ class Slot:
         (self.root / path).write_bytes(content)
         os.utime(self.root / path, (self.writes, self.writes))
 
-    def start(self, tests, seconds, *, stop_early=True, **order):
+    def start(self, tests, seconds, only, *, stop_early=True, **order):
         """Fork a process that runs the tests on this copy."""
         self.out, self.limit = self.root / "report.json", time.monotonic() + seconds
         self.out.unlink(missing_ok=True)
@@ -269,7 +315,7 @@ class Slot:
             import pytest
 
             assert pathlib.Path(importlib.util.find_spec("flowjax").origin).is_relative_to(self.root), "another flowjax is in the way"
-            options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=line", *(["-x"] if stop_early else [])]
+            options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=line", "-k", only, *(["-x"] if stop_early else [])]
             code = int(pytest.main([*options, *tests], plugins=[Order(self.out, **order)]))
         os._exit(code)
 
@@ -284,13 +330,13 @@ class Slot:
         elif not pid:
             return None
         self.pid = None
-        report = json.loads(self.out.read_text()) if self.out.exists() else {"seconds": {}, "failed": []}
+        report = json.loads(self.out.read_text()) if self.out.exists() else {"seconds": {}, "failed": [], "entered": {}}
         return ("timeout" if late else os.waitstatus_to_exitcode(status)), report
 
 
-def prepare_process(scratch: pathlib.Path, tests: pathlib.Path):
+def prepare_process(cache: pathlib.Path, tests: pathlib.Path):
     """Import what all tests import, in their environment, so that a fork need not; the compile cache is shared by all mutations."""
-    os.environ.update(JAX_COMPILATION_CACHE_DIR=str(scratch / "cache"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    os.environ.update(JAX_COMPILATION_CACHE_DIR=str(cache.absolute()), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != ROOT]
     exec(compile((tests / "conftest.py").read_text(), tests / "conftest.py", "exec"), {"__file__": str(tests / "conftest.py")})
@@ -302,35 +348,43 @@ def prepare_process(scratch: pathlib.Path, tests: pathlib.Path):
     assert not xla_bridge.backends_are_initialized() and "flowjax" not in sys.modules, "a fork must start its own backend"
 
 
-def baseline(slots, files):
-    """({test: seconds}, {failing tests}) of the unchanged tree."""
-    seconds, failing = {}, set()
+def baseline(slots, files, only):
+    """({test: seconds}, {failing tests}, {function: tests, and files of tests, that enter it}) of the marked tree."""
+    seconds, failing, entered = {}, set(), collections.defaultdict(set)
     waiting, running = list(reversed(files)), {}
     while waiting or running:
         for slot in slots:
             if slot.pid is None and waiting:
                 running[slot] = waiting.pop()
-                slot.start([running[slot]], 1200, stop_early=False)
+                slot.start([running[slot]], 1200, only, stop_early=False)
             elif slot in running and (done := slot.poll()) is not None:
                 file, (code, report) = running.pop(slot), done
-                if code not in (0, 1):
+                if code not in (0, 1, 5):  # 5: `only` leaves none
                     sys.exit(f"{file} does not run on the unchanged tree ({code}):\n{(slot.root / 'log.txt').read_text()[-3000:]}")
                 seconds |= report["seconds"]
                 failing |= {*report["failed"]}
+                for function, tests in report["entered"].items():
+                    entered[function] |= {*tests}
                 print(f"{file}: {len(report['seconds'])} tests, {sum(report['seconds'].values()):.0f} s", flush=True)
         time.sleep(0.02)
     for test in sorted(failing):
         print(f"left out, as it fails without a mutation: {test}")
-    return seconds, failing
+    return seconds, failing, entered
 
 
-def run(mutations, jobs: int):
+def run(mutations, text, jobs: int, cache: str = "", thorough: bool = False, only: str = ""):
     """Yield (mutation, exit status, first failing test or None) as they finish."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         scratch = pathlib.Path(scratch)
         slots = [Slot(scratch / f"tree{i}") for i in range(jobs)]
-        prepare_process(scratch, slots[0].root / "tests")
-        seconds, failing = baseline(slots, sorted({t for m in mutations for t in tests_of(m.path)}))
+        prepare_process(pathlib.Path(cache) if cache else scratch / "cache", slots[0].root / "tests")
+        for slot in slots:
+            for path in {m.path for m in mutations}:
+                slot.write(path, marked(path, text[path]))
+        seconds, failing, entered = baseline(slots, sorted({t for m in mutations for t in tests_of(m.path)}), only)
+        for slot in slots:
+            for path in {m.path for m in mutations}:
+                slot.write(path, text[path])
         caught = collections.defaultdict(collections.Counter)
         waiting, running = list(reversed(mutations)), {}
         try:
@@ -340,17 +394,17 @@ def run(mutations, jobs: int):
                         m = waiting.pop()
                         tests = tests_of(m.path)
                         limit = 60 + 4 * sum(s for t, s in seconds.items() if t.split("::")[0] in tests)
-                        original = (slot.root / m.path).read_bytes()
-                        slot.write(m.path, m.apply(original))
-                        running[slot] = m, original
+                        slot.write(m.path, m.apply(text[m.path]))
+                        running[slot] = m
+                        wanted = None if thorough else entered.get(function_of(m, text[m.path]))
 
                         def first(test, counts=caught[m.path]):
                             return -counts[test], seconds.get(test, 0.0)
 
-                        slot.start(tests, limit, first=first, left_out=failing)
+                        slot.start(tests, limit, only, first=first, left_out=failing, wanted=wanted)
                     elif slot in running and (done := slot.poll()) is not None:
-                        m, original = running.pop(slot)
-                        slot.write(m.path, original)
+                        m = running.pop(slot)
+                        slot.write(m.path, text[m.path])
                         code, report = done
                         caught[m.path].update(report["failed"][:1])
                         yield m, code, (report["failed"] or [None])[0]
@@ -362,17 +416,27 @@ def run(mutations, jobs: int):
                     os.waitpid(slot.pid, 0)
 
 
+def chosen(m: Mutation, source: bytes, part: str) -> bool:
+    """Whether a mutation is in `part` of a path, or in PART:FIRST-LAST."""
+    path, _, lines = part.partition(":")
+    first, _, last = lines.partition("-")
+    return path in m.path and (not lines or int(first) <= source.count(b"\n", 0, m.start) + 1 <= int(last or first))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", nargs="*", default=[""], help="only files whose path contains one of these")
+    parser.add_argument("--files", nargs="*", default=[""], help="only files whose path contains one of these, or lines of them: PART:FIRST-LAST")
     parser.add_argument("--sample", type=int, default=0, help="so many mutations drawn at random (0: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--cache", default="", help="a folder that keeps compiled programs for the next time")
+    parser.add_argument("--tests", default="", help="pytest's -k: only these of the tests")
+    parser.add_argument("--thorough", action="store_true", help="run all tests of a file, and what is allowed to survive as well")
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
     options = parser.parse_args()
 
-    text = {f: (ROOT / f).read_bytes() for f in sources() if any(part in f for part in options.files)}
-    mutations = [m for f, source in text.items() for m in Finder(f, source).found]
+    text = {f: (ROOT / f).read_bytes() for f in sources() if any(part.partition(":")[0] in f for part in options.files)}
+    mutations = [m for f, source in text.items() for m in Finder(f, source).found if any(chosen(m, source, part) for part in options.files)]
     untested = sorted({m.path for m in mutations if not tests_of(m.path)})
     mutations = [m for m in mutations if m.path not in untested]
     if options.sample:
@@ -383,9 +447,14 @@ def main():
         print("\n".join(m.describe(text[m.path]) for m in mutations))
         return
     allowed = {line.split("  ## ")[0].strip() for line in ALLOWED.read_text().splitlines() if line and line[0] != "#"}
-    print(f"{len(mutations)} mutations in {len(text) - len(untested)} files", flush=True)
     survivors, table, start = [], collections.defaultdict(collections.Counter), time.monotonic()
-    for i, (m, code, test) in enumerate(run(mutations, options.jobs), 1):
+    if not options.thorough:
+        believed = [m for m in mutations if m.key(text[m.path]) in allowed]
+        for m in believed:
+            table[m.path]["allowed"] += 1
+        mutations = [m for m in mutations if m not in believed]
+    print(f"{len(mutations)} mutations in {len(text) - len(untested)} files", flush=True)
+    for i, (m, code, test) in enumerate(run(mutations, text, options.jobs, options.cache, options.thorough, options.tests), 1):
         said = m.describe(text[m.path])
         fate = "timeout" if code == "timeout" else "killed" if code else "allowed" if m.key(text[m.path]) in allowed else "survived"
         table[m.path][fate] += 1
