@@ -186,6 +186,8 @@ def test_advantages():
     np.testing.assert_allclose(turned(groups.advantages(turned(reward), 4)), plain, rtol=1e-6)
     np.testing.assert_allclose(groups.advantages(reward, 4, limit=0.5), plain.clip(-0.5, 0.5), rtol=1e-6)
     assert np.isnan(groups.advantages(reward.at[5].set(jnp.nan), 4)).tolist() == [False] * 4 + [True] * 4 + [False] * 4
+    # One of 40 stands out by sqrt(39) standard deviations, and counts for 5.
+    np.testing.assert_array_equal(groups.advantages(jnp.zeros(40).at[0].set(1.0), 40)[0], 5.0)
 
 
 def test_a_group_has_one_condition_and_noises_of_its_own():

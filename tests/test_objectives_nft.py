@@ -89,6 +89,14 @@ def test_value_of_the_two_sides():
     assert float(anchored - value) == pytest.approx(0.5 * 0.09, rel=1e-4)
 
 
+def test_settings_that_are_not_given():
+    batch = {"x": jnp.zeros((16, 2, 2, 1)), "cond": {}}
+    said = {"group": 8, "steps": 10, "sampler": "euler", "std": "batch", "limit": 5.0, "draws": 1, "time": "uniform"}
+    plain, told = (nft.rollout({"old": linear(0.3)}, batch, KEY, reward="ink", **settings) for settings in ({}, said))
+    jax.tree.map(np.testing.assert_array_equal, plain, told)
+    assert loss(plain, linear(0.5))[0] == loss(plain, linear(0.5), beta=1.0, normalise=True, anchor=0.0)[0]
+
+
 def test_only_the_network_learns():
     batch = rolled()
 

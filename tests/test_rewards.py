@@ -90,6 +90,9 @@ def test_agreement_is_the_judges_log_probability_of_the_asked_class(time):
     total, _ = rewards.score("agreement", x, jnp.asarray([0, 2, 1, 3]), judge)
     np.testing.assert_allclose(total[:3], log_softmax(x[:3, 0, :, 0], axis=1)[np.arange(3), [0, 2, 1]], rtol=1e-6)
     assert np.isnan(total[3])  # a class that it does not know stops the run, at the guard of the step
+    both, each = rewards.score({"ink": 0.0, "agreement": 1.0}, x[:3], jnp.asarray([0, 2, 1]), Judge(time))
+    np.testing.assert_array_equal(both, total[:3])
+    np.testing.assert_allclose(each["ink"], (x[:3].mean((1, 2, 3)) + 1) / 2, rtol=1e-6)
     assert (judge.asked[0] is None) != time and (not time or not judge.asked[0].any())
 
 
