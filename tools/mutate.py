@@ -8,8 +8,8 @@
 
 Mutations are made in copies of the tree, one per job; the working tree is only read. Each runs, in a process forked from one that has
 imported jax already, those fast tests of the files that TESTS maps its file to which enter the mutated function (all of them where it
-is outside of every function, and with --thorough: what a test found compiled already, it does not enter): those first that caught a
-mutation of the same file before, then the quickest. A mutation that no test notices is printed as `file:line  old -> new` and makes
+is outside of a function's body, and with --thorough: what a test found compiled already, it does not enter): those first that caught
+a mutation of the same file before, then the quickest. A mutation that no test notices is printed as `file:line  old -> new` and makes
 the exit status 1, unless tools/mutate_allow.txt says why it changes nothing, which is believed but with --thorough. Tests that fail
 without a mutation are named and left out.
 """
@@ -207,11 +207,15 @@ def functions(source: bytes) -> list:
     return sorted(found, key=lambda n: (n.lineno, n.col_offset))
 
 
-def function_of(m: Mutation, source: bytes) -> str | None:
-    """The function that a mutation is in, as `marked` calls it, or None."""
+def function_of(m: Mutation, source: bytes) -> tuple[str | None, bool]:
+    """The function that a mutation is in, as `marked` calls it, or None; and whether only who enters it can notice, which is not so of
+    a default, that a test may read."""
     place = source.count(b"\n", 0, m.start) + 1, m.start - (source.rfind(b"\n", 0, m.start) + 1)
     around = [n for n in functions(source) if (n.lineno, n.col_offset) <= place < (n.end_lineno, n.end_col_offset)]
-    return f"{m.path}:{around[-1].lineno}:{around[-1].col_offset}" if around else None
+    if not around:
+        return None, False
+    body = around[-1].body if isinstance(around[-1], ast.Lambda) else around[-1].body[0]
+    return f"{m.path}:{around[-1].lineno}:{around[-1].col_offset}", place >= (body.lineno, body.col_offset)
 
 
 def marked(path: str, source: bytes) -> bytes:
@@ -396,10 +400,12 @@ def run(mutations, text, jobs: int, cache: str = "", thorough: bool = False, onl
                         limit = 60 + 4 * sum(s for t, s in seconds.items() if t.split("::")[0] in tests)
                         slot.write(m.path, m.apply(text[m.path]))
                         running[slot] = m
-                        wanted = None if thorough else entered.get(function_of(m, text[m.path]))
+                        function, inside = function_of(m, text[m.path])
+                        enter = entered.get(function, ())
+                        wanted = enter if inside and not thorough else None
 
-                        def first(test, counts=caught[m.path]):
-                            return -counts[test], seconds.get(test, 0.0)
+                        def first(test, counts=caught[m.path], enter=enter):
+                            return -counts[test], not {test, test.split("::")[0]} & {*enter}, seconds.get(test, 0.0)
 
                         slot.start(tests, limit, only, first=first, left_out=failing, wanted=wanted)
                     elif slot in running and (done := slot.poll()) is not None:
