@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import quadrature
-from flowjax import exact, objectives
+from flowjax import config, exact, objectives
 from flowjax.config import ConfigError
-from flowjax.objectives import OBJECTIVES, Objective, Player, bind
+from flowjax.objectives import GIVEN, OBJECTIVES, Objective, Player, bind
 from flowjax.paths import rectified
 from flowjax.predictions import Model
 
@@ -649,3 +649,21 @@ def test_settings_named_by_two_players_reach_both():
 def test_bad_settings_are_refused(section, words):
     with pytest.raises(ConfigError, match=words):
         objectives.build(section)
+
+
+PUBLISHED = {
+    "flow_grpo": {"steps": 10, "noise": 0.7, "clip": 1e-4, "beta": 0.004, "limit": 5.0, "window": 0, "move": 0},  # 2505.05470, its code
+    "diffusion_nft": {"limit": 5.0, "beta": 1.0, "anchor": 0.0},  # 2509.16117
+    "reward_feedback": {"steps": 40, "late": 10, "through": 1, "pretrain": 0.0, "anchor": 0.0},  # ReFL, 2304.05977
+    "adversarial_distillation": {"steps": 4, "distill": 2.5},  # 2311.17042
+    "distribution_matching_gan": {"adversarial_weight": 3e-3, "regression": 0.0},  # DMD2 on ImageNet, 2405.14867
+    "moment_matching": {"steps": 8},  # 2406.04103
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_that_are_not_given_are_the_papers(name):
+    objective = OBJECTIVES[name]
+    functions = [config.arguments(fn, GIVEN) for fn in (objective.rollout, *(p.loss for p in objective.players)) if fn]
+    for key, value in PUBLISHED[name].items():
+        assert {f[key].default for f in functions if key in f} == {value}, key
