@@ -44,10 +44,17 @@ def devices_of(topology: str, slices: int = 1):
         return jax.devices()[: int(shape)], None
     if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise ConfigError(f"--topology={topology} (--slices={slices}) is unknown; valid are for example {EXAMPLES}")
+    sides = [int(n) for n in shape.split("x")]  # libtpu describes slices that nobody builds
+    if kind == "v5p" and len(sides) != 3:
+        raise ConfigError(f"--topology={topology}: a slice of v5p has three sides, for example v5p:2x2x1, v5p:4x4x4, v5p:8x8x4")
+    if kind != "v5p" and (len(sides) != 2 or max(sides) > 16):
+        raise ConfigError(f"--topology={topology}: a slice of {kind} has two sides, at most 16x16; larger jobs are several (--slices)")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("compiling for TPUs needs the package libtpu: pip install 'flowjax[plan]' (best in an environment of its own)")
-    # Without these libtpu looks for a TPU, and refuses a second process.
+    # Without these libtpu looks for a TPU of this machine, complains that there is none, and refuses a second process.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3")
+    for name, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-4")):
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     from flowjax.train import hardware

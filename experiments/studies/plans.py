@@ -107,7 +107,7 @@ def write(plans: dict, weak: dict):
 
 def main():
     plans, weak = {}, {}
-    for table, found in ((PLANS, plans), (WEAK, weak)):
+    for table, found in ((WEAK, weak), (PLANS, plans)):
         for name, arguments in table.items():
             found[name] = planned(*arguments)
             write(plans, weak)  # as far as it is: a study that is stopped leaves a page, and goes on where it was
