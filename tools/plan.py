@@ -137,7 +137,7 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
 def unsplit(run) -> dict:
     """Kernels of the trained networks that fsdp does not split, because it divides none of their dimensions: they lie whole on each
     of its devices. "parameters": all that are not split, biases and norms too."""
-    rows = [(name, leaf) for name, leaf in _parameters(run) if run.mesh.shape["fsdp"] > 1 and not _split(leaf)]
+    rows = [(name, leaf) for name, leaf in _parameters(run) if run.mesh.shape["fsdp"] > 1 and "fsdp" not in _split(leaf)]
     total = sum(leaf.size for _, leaf in _parameters(run))
     large = {name: list(leaf.shape) for name, leaf in rows if leaf.ndim > 1 and leaf.size > 1e-3 * total}
     return {"parameters": sum(leaf.size for _, leaf in rows), "of": total, "kernels": large}
