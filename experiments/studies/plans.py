@@ -87,7 +87,7 @@ def write(plans: dict, weak: dict):
             axes.bar([*weak], values, bottom=bottom, label=kind)
             bottom = [a + b for a, b in zip(bottom, values)]
         axes.set(xlabel="chips (v5e), 16 images each", ylabel="MiB sent by a device, a step", title="DiT-XL/2, state split over 16 chips")
-        axes.legend(fontsize=7, loc="upper right")
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
 
     common.figure("plans_weak_scaling", draw)
     text = [
