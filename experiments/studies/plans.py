@@ -14,11 +14,11 @@ from experiments.studies import common
 PLANS = {
     "DiT-XL/2": ("imagenet_dit_xl2", "v5e:16x16", 4096, []),
     "DiT-XL/2, one image a chip": ("imagenet_dit_xl2", "v5e:16x16", 256, ["--config.mesh.tensor=4"]),
-    "FLUX.1 12B, 1024 px": ("t2i_flux_12b", "v5p:8x8x4", 1024, []),
-    "SD3.5 8B, 1024 px": ("t2i_sd35_8b", "v5p:8x8x4", 1024, []),
-    "SD3 2B, 1024 px": ("t2i_sd3_2b", "v5p:8x8x4", 1024, []),
-    "DiT-XL/2, 512 px": ("imagenet_dit_xl2_512", "v5e:16x16", 1024, []),
     "SiT-XL/2": ("imagenet_sit_xl2", "v5e:16x16", 4096, []),
+    "DiT-XL/2, 512 px": ("imagenet_dit_xl2_512", "v5e:16x16", 1024, []),
+    "SD3 2B, 1024 px": ("t2i_sd3_2b", "v5p:8x8x4", 1024, []),
+    "SD3.5 8B, 1024 px": ("t2i_sd35_8b", "v5p:8x8x4", 1024, []),
+    "FLUX.1 12B, 1024 px": ("t2i_flux_12b", "v5p:8x8x4", 1024, []),
     "DiT-XL/2 on v5p": ("imagenet_dit_xl2", "v5p:8x8x4", 4096, []),
     "DiT-XL/2 on v6e": ("imagenet_dit_xl2", "v6e:16x16", 4096, []),
 }
@@ -75,7 +75,7 @@ def sent(found, kind=None) -> float:
 
 def write(plans: dict, weak: dict):
     """The page of the plans that are there."""
-    rows = [row(name, PLANS[name][1], found) for name, found in plans.items()]
+    rows = [row(name, PLANS[name][1], plans[name]) for name in PLANS if name in plans]
     weak = {name: weak[name] for name in reversed(WEAK) if name in weak and weak[name]["step"]["fits"]}
     kinds = sorted({k for found in weak.values() for k in found["step"]["collectives"]})
     scaling = [[name, WEAK[name][2], *(f"{sent(found, k):.0f}" for k in kinds), f"{sent(found):.0f}", whole(found["step"])] for name, found in weak.items()]
