@@ -75,6 +75,9 @@ def test_collectives_of_known_programs():
     assert reduce.sent == 2 * 8 * 4 * 7 / 8  # reduce-scatter, then all-gather
     (part,) = on_mesh(lambda x: 2 * x, P("fsdp"), P(), data=2, fsdp=4)
     assert (part.kind, part.bytes, part.group) == ("all-gather", whole, 4)
+    assert part.members == (0, 1, 2, 3)
+    (part,) = on_mesh(lambda x: 2 * x, P("data"), P(), data=2, fsdp=4)
+    assert part.members == (0, 4), "the first group along data"
     assert on_mesh(lambda x: 2 * x, P("data"), P("data")) == []
 
 
@@ -87,6 +90,25 @@ def test_collectives_in_loops_count_as_often_as_they_turn():
     fn = jax.jit(jax.shard_map(spin, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     (hop,) = hlo.collectives(fn.lower(jax.ShapeDtypeStruct((16, 8), jnp.float32)).compile().as_text(), 8)
     assert (hop.kind, hop.turns, hop.bytes, hop.sent) == ("collective-permute", 5, 2 * 8 * 4, 5 * 2 * 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("written", "members"),
+    [
+        ("replica_groups={{0,2},{1,3}}, to_apply=%add", (0, 2)),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add", (0, 1, 2, 3)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", (0, 2, 4, 6)),
+        ("replica_groups={}, to_apply=%add", tuple(range(8))),
+    ],
+)
+def test_who_takes_part(written, members):
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %r = f32[8]{{0}} all-reduce(%x), {written}\n}}\n"
+    (found,) = hlo.collectives(text, 8)
+    assert found.members == members and found.group == len(members)
 
 
 TPU = """

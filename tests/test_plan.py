@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import traverse_util
 from flax.core import meta
@@ -14,7 +15,7 @@ from flowjax import conditions, models
 from flowjax.config import ConfigError
 from flowjax.data.pipeline import declared
 from flowjax.models import sharding
-from flowjax.train import hardware
+from flowjax.train import hardware, hlo
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import settings
 from nets import GOLDEN
@@ -58,6 +59,32 @@ def test_fsdp_splits_the_state_and_recomputation_is_executed_work():
     assert split["collectives"]["all-gather"]["bytes sent"] > 0
 
 
+def test_what_fsdp_leaves_whole_is_said():
+    """8 divides the MLP's and the modulation's 4 x 20 and 6 x 20, not 20: those are split there, attention's kernels are not split."""
+    _, found = planned(model={**DIT, "width": 20}, mesh={"data": 1, "fsdp": 8})
+    unsplit = found["unsplit"]["kernels"]
+    assert {f"net/blocks/attn/{k}/kernel": [2, 20, 20] for k in "qkv"}.items() <= unsplit.items()
+    assert not any("mlp" in name or "blocks/adaln" in name for name in unsplit)
+    assert 4 * 2 * 20 * 20 < found["unsplit"]["parameters"] < found["unsplit"]["of"] / 2
+    assert "fsdp 8 divides no dimension of" in plan.report(found, "train step")
+    (line,) = (line for line in plan.advice(found, {"model": {}, "batch_size": 16}, None) if "divisors" in line)
+    assert line.endswith("of its divisors 2, 4 would")
+    _, found = planned(mesh={"data": 1, "fsdp": 8})
+    assert found["unsplit"]["kernels"] == {}
+
+
+@pytest.mark.parametrize(("axes", "whole"), [(("data",), []), (("tensor",), []), (("fsdp",), ["net/blocks/mlp/fc1/kernel"]), (("data", "fsdp"), ["net/blocks/mlp/fc1/kernel"])])
+def test_whole_all_reduces_of_what_fsdp_splits_are_named(axes, whole):
+    run = plan.assemble(settings.resolve(tiny(data={"name": "digits"}, model={**DIT, "width": 32}, mesh={"data": 2, "fsdp": 2, "tensor": 2})), jax.devices())
+    places = np.arange(8).reshape(tuple(run.mesh.shape.values()))
+    members = tuple(places[tuple(slice(None) if a in axes else 0 for a in run.mesh.shape)].ravel().tolist())
+    size = run.target.params["net"]["blocks"]["mlp"]["fc1"]["kernel"].size
+    where = "jit(step)/transpose(jvp(DiT))/while/body/blocks.body/blocks/mlp/fc1/dot_general"
+    reduce = hlo.Collective("all-reduce", 4 * size // 2 // 2, len(members), 2, where, members)  # float32, two layers, split over tensor
+    assert [*plan.reduced_whole(run, [reduce])] == whole
+    assert plan.reduced_whole(run, [reduce._replace(kind="reduce-scatter"), reduce._replace(bytes=1000)]) == {}
+
+
 def test_sampler_and_json(tmp_path):
     run, _ = planned()
     found = plan.plan(run, None, "sampler")
@@ -69,6 +96,11 @@ def test_bad_input():
     for bad in ("v5e", "v9:2x2", "v5e-16", "gpu:8", "cpu:x", "v5litepod:4x4"):
         with pytest.raises(ConfigError, match="unknown; valid are for example v5e:2x2"):
             plan.devices_of(bad)
+    for bad in ("v5e:32x32", "v6e:4x4x4"):
+        with pytest.raises(ConfigError, match="has two sides, at most 16x16; larger jobs are several"):
+            plan.devices_of(bad)
+    with pytest.raises(ConfigError, match="a slice of v5p has three sides, for example v5p:2x2x1"):
+        plan.devices_of("v5p:4x4")
     with pytest.raises(ConfigError, match="8 CPU devices already"):
         plan.devices_of("cpu:4096")
     if importlib.util.find_spec("libtpu") is None:

@@ -63,6 +63,24 @@ def test_fit_drops_what_does_not_divide(names, shape, expected):
     assert sharding.fit(names, shape, mesh) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "shape", "expected"),
+    [
+        (("embed", "mlp"), (8, 8), P("fsdp", "tensor")),
+        (("layers", "embed", "mlp"), (4, 6, 32), P(None, None, ("tensor", "fsdp"))),  # 4 divides 32 / 2
+        (("mlp", "embed"), (32, 6), P(("tensor", "fsdp"), None)),
+        (("embed", "mlp"), (8, 7), P(("fsdp", "tensor"), None)),
+        (("embed", "mlp"), (6, 6), P(None, "tensor")),  # nowhere for fsdp
+        (("layers", "embed", "heads"), (4, 6, 6), P(None, None, "tensor")),  # layers and rows of tables are never split
+        (("vocab", "embed"), (8, 6), P(None, None)),
+        (("mlp",), (7,), P(None)),
+    ],
+)
+def test_parameters_are_split_where_their_axis_divides(names, shape, expected):
+    mesh = jax.sharding.AbstractMesh((2, 4, 2, 1), mesh_lib.AXES)
+    assert sharding.fit_param(names, shape, mesh) == expected
+
+
 def test_constrain_places_the_array_only_within_use():
     mesh, x = make_mesh(2, 2, 2), jnp.ones((8, 4, 6))
 
@@ -92,6 +110,7 @@ VARIANTS = {
     "modern": {"norm": "rms", "mlp": "swiglu", "mlp_ratio": 3.0, "rope": True, "qk_norm": True, "scan": False},
     "in_context": {"conditioning": "in_context"},
     "cross_attention": {"conditioning": "cross_attention"},
+    "undivided": {"width": 34, "heads": 2, "sincos": False},  # what 4 or 8 does not divide is split elsewhere (fit_param)
     "ring": {"attention": "auto", "patch": 1},
     "gathered": {"patch": 1},  # tokens split over the context axis, with plain attention: keys are gathered
 }
@@ -127,7 +146,7 @@ def loss_and_grad(module, mesh, params, x, t, label):
     ("variant", "sizes"),
     [("adaln_zero", s) for s in [(2, 2, 2), (1, 4, 2), (1, 2, 4)]]
     + [("modern", (2, 2, 2)), ("modern", (1, 2, 4)), ("in_context", (2, 2, 2)), ("cross_attention", (2, 2, 2))]
-    + [("ring", (2, 1, 2, 2)), ("ring", (1, 1, 1, 8)), ("gathered", (1, 2, 1, 4)), ("cross_attention", (2, 2, 1, 2))],
+    + [("undivided", (1, 4, 2)), ("undivided", (1, 8, 1)), ("ring", (2, 1, 2, 2)), ("ring", (1, 1, 1, 8)), ("gathered", (1, 2, 1, 4)), ("cross_attention", (2, 2, 1, 2))],
 )
 @pytest.mark.slow
 def test_sharded_equals_one_device(variant, sizes):

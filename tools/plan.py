@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -43,10 +44,17 @@ def devices_of(topology: str, slices: int = 1):
         return jax.devices()[: int(shape)], None
     if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise ConfigError(f"--topology={topology} (--slices={slices}) is unknown; valid are for example {EXAMPLES}")
+    sides = [int(n) for n in shape.split("x")]  # libtpu describes slices that nobody builds
+    if kind == "v5p" and len(sides) != 3:
+        raise ConfigError(f"--topology={topology}: a slice of v5p has three sides, for example v5p:2x2x1, v5p:4x4x4, v5p:8x8x4")
+    if kind != "v5p" and (len(sides) != 2 or max(sides) > 16):
+        raise ConfigError(f"--topology={topology}: a slice of {kind} has two sides, at most 16x16; larger jobs are several (--slices)")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("compiling for TPUs needs the package libtpu: pip install 'flowjax[plan]' (best in an environment of its own)")
-    # Without these libtpu looks for a TPU, and refuses a second process.
+    # Without these libtpu looks for a TPU of this machine, complains that there is none, and refuses a second process.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3")
+    for name, value in (("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_ACCELERATOR_TYPE", "v5litepod-4")):
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     from flowjax.train import hardware
@@ -80,14 +88,14 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     out = {"mesh": dict(run.mesh.shape), "devices": count, "batch": run.config["batch_size"] if what == "step" else run.config["sample"]["count"]}
     start = time.time()
     lowered = fn.lower(*arguments)
-    out["trace_seconds"], start = time.time() - start, time.time()
+    out["trace_seconds"], start, used = time.time() - start, time.time(), time.process_time()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return out | {"fits": False, "refused": str(error).splitlines()[0], "memory": {"state": card.bytes_per_device(run.target)}}
-    out["compile_seconds"] = time.time() - start
+    out["compile_seconds"], out["compile_cpu_seconds"] = time.time() - start, time.process_time() - used
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if save_text:
         pathlib.Path(save_text).write_text(text)
@@ -103,7 +111,12 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     out["collectives"] = {
         kind: {"per step": sum(c.turns for c in exchanges if c.kind == kind), "bytes sent": sum(c.sent for c in exchanges if c.kind == kind)} for kind in kinds
     }
-    out["largest"] = [{**c._asdict(), "sent": c.sent} for c in sorted(exchanges, key=lambda c: -c.sent)[:5]]
+    out["largest"] = [
+        {k: v for k, v in c._asdict().items() if k != "members"} | {"axes": _axes_of(c, run.mesh), "sent": c.sent}
+        for c in sorted(exchanges, key=lambda c: -c.sent)[:5]
+    ]  # fmt: skip
+    if what == "step":
+        out["unsplit"], out["reduced whole"] = unsplit(run), reduced_whole(run, exchanges)
     sent = sum(c.sent for c in exchanges)
     # What the model needs, once: a program that recomputes or repeats work on several devices executes more.
     needed, executed = flops.count(_program(run.plain(), what)[0], *arguments), hlo.flops(text) * count
@@ -119,6 +132,51 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
             "mfu if nothing overlaps": ideal / sum(seconds.values()),
         }  # fmt: skip
     return out
+
+
+def unsplit(run) -> dict:
+    """Kernels of the trained networks that fsdp does not split, because it divides none of their dimensions: they lie whole on each
+    of its devices. "parameters": all that are not split, biases and norms too."""
+    rows = [(name, leaf) for name, leaf in _parameters(run) if run.mesh.shape["fsdp"] > 1 and "fsdp" not in _split(leaf)]
+    total = sum(leaf.size for _, leaf in _parameters(run))
+    large = {name: list(leaf.shape) for name, leaf in rows if leaf.ndim > 1 and leaf.size > 1e-3 * total}
+    return {"parameters": sum(leaf.size for _, leaf in rows), "of": total, "kernels": large}
+
+
+def reduced_whole(run, exchanges) -> dict[str, float]:
+    """Kernels of some size that fsdp splits and that are all-reduced over it all the same, where each device needs (or has) a part:
+    name -> bytes of the whole kernel a step."""
+    found, total = {}, sum(leaf.size for _, leaf in _parameters(run))
+    for c in exchanges:
+        if c.kind != "all-reduce" or run.mesh.shape["fsdp"] == 1 or "fsdp" not in _axes_of(c, run.mesh):
+            continue
+        for name, leaf in _parameters(run):
+            module = name.partition("/")[2].rpartition("/")[0]  # of "net/blocks/adaln/kernel"
+            least = 2 * leaf.size / math.prod(run.mesh.shape[a] for a in _split(leaf) if a != "fsdp")
+            if leaf.ndim > 1 and leaf.size > 1e-3 * total and "fsdp" in _split(leaf) and f"/{module}/" in c.where and c.bytes * c.turns >= least:
+                found[name] = found.get(name, 0) + c.bytes * c.turns
+    return found
+
+
+def _parameters(run) -> list:
+    """(name, leaf) of all trained parameters, "net/blocks/adaln/kernel"."""
+    from flowjax.train import checkpoint
+    import jax
+
+    return list(zip(checkpoint.names_of(run.target.params), jax.tree.leaves(run.target.params), strict=True))
+
+
+def _split(leaf) -> set[str]:
+    """Mesh axes that split a parameter."""
+    return {axis for entry in leaf.sharding.spec if entry for axis in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _axes_of(exchange, mesh) -> list[str]:
+    """The mesh axes that an exchange goes over."""
+    import numpy as np
+
+    places = np.unravel_index(np.array(exchange.members, int), tuple(mesh.shape.values()))
+    return [axis for axis, where in zip(mesh.shape, places) if len({*where.tolist()}) > 1]
 
 
 def _program(run, what):
@@ -156,6 +214,15 @@ def advice(found: dict, config, chip) -> list[str]:
         lines.append("the network is the bound: more examples a device (config.batch_size), less fsdp where memory allows, or --search")
     elif found.get("roofline", {}).get("bound by") == "memory":
         lines.append("memory traffic is the bound: more examples a device, or less kept between passes")
+    smaller = [n for n in range(2, mesh["fsdp"]) if mesh["fsdp"] % n == 0]
+    if kernels := found.get("unsplit", {}).get("kernels"):
+        able = [n for n in smaller if all(any(size % n == 0 for size in shape[-2:]) for shape in kernels.values())]
+        lines.append(f"config.mesh.fsdp = {mesh['fsdp']} does not divide every kernel; of its divisors {', '.join(map(str, able)) or 'only 1'} would")
+    if chip and smaller and found.get("reduced whole") and mesh["fsdp"] == found.get("devices"):
+        lines.append(
+            "XLA's TPU compiler makes a whole all-reduce of a reduce-scatter over all chips of a square slice, whoever writes it: with "
+            f"config.mesh.fsdp = {smaller[-1]} or less, and data = -1, devices exchange only the parts that they keep"
+        )
     return lines
 
 
@@ -173,13 +240,19 @@ def report(found: dict, what: str) -> str:
         f"  operations: {work['needed'] / 1e12:.4g} TFLOP needed (analytic), {work['executed'] / 1e12:.4g} executed, ratio {work['ratio']:.3f}",
         *(f"  {kind}: {v['per step']} a step, {v['bytes sent'] / 2**20:.4g} MiB sent by a device" for kind, v in found["collectives"].items()),
     ]
+    if kernels := found.get("unsplit", {}).get("kernels"):
+        names = "; ".join(f"{name} {tuple(shape)}" for name, shape in kernels.items())
+        share = found["unsplit"]["parameters"] / found["unsplit"]["of"]
+        lines.append(f"  whole on every device, {100 * share:.1f} % of the parameters: fsdp {found['mesh']['fsdp']} divides no dimension of {names}")
+    if names := found.get("reduced whole"):
+        lines.append(f"  all-reduced whole over fsdp, {_gib(sum(names.values()))} a step: {', '.join(names)}")
     if line := found.get("roofline"):
         times = ", ".join(f"{k} {1e3 * v:.3g} ms" for k, v in line["seconds"].items())
         lines += [
             f"  roofline: {times}; bound by {line['bound by']}: at least {1e3 * line['step']:.3g} ms",
             f"  model-FLOPs utilisation: at most {100 * line['mfu at most']:.1f} %, {100 * line['mfu if nothing overlaps']:.1f} % if nothing overlaps",
         ]
-    return "\n".join([*lines, f"  traced in {found['trace_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s"])
+    return "\n".join([*lines, f"  traced in {found['trace_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s ({found['compile_cpu_seconds']:.0f} s of one CPU)"])
 
 
 def _gib(count: float) -> str:

@@ -10,6 +10,7 @@ layouts. Networks therefore constrain every output of a residual branch, every m
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -94,9 +95,8 @@ def fit(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Ru
     used: set[str] = set()
     entries = []
     for name, size in zip(names, shape, strict=True):
-        axes = () if name is None else _rule(name, rules)
         kept = []
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
+        for axis in _axes(name, rules):
             if axis not in used and size % mesh.shape[axis] == 0:
                 kept.append(axis)
                 used.add(axis)
@@ -105,8 +105,23 @@ def fit(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Ru
     return PartitionSpec(*entries)
 
 
+def fit_param(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> PartitionSpec:
+    """`fit` for a parameter: a mesh axis that does not divide the dimension it is meant for splits another one that a rule splits too,
+    the largest that it divides. A kernel (width, 4 width) is not kept whole because the axis divides 4 width only."""
+    axes = [_axes(name, rules) for name in names]
+    placed = [_tuple(entry) for entry in fit(names, shape, mesh, rules)]
+    used = {axis for entry in placed for axis in entry}
+    for axis in dict.fromkeys(axis for entry in axes for axis in entry):
+        left = [size // math.prod(mesh.shape[a] for a in entry) for size, entry in zip(shape, placed, strict=True)]
+        able = [i for i, size in enumerate(left) if axes[i] and size % mesh.shape[axis] == 0]
+        if axis not in used and able:
+            best = max(able, key=lambda i: left[i])
+            placed[best] += (axis,)
+    return PartitionSpec(*(None if not entry else entry[0] if len(entry) == 1 else entry for entry in placed))
+
+
 def param_specs(boxed, mesh: Mesh, rules: Rules = RULES):
-    """Tree of NamedSharding for abstract parameters whose leaves are boxed by nn.with_logical_partitioning.
+    """Tree of NamedSharding (`fit_param`) for abstract parameters whose leaves are boxed by nn.with_logical_partitioning.
 
     The tree has the structure of the unboxed parameters. A leaf without names is replicated.
     """
@@ -114,7 +129,7 @@ def param_specs(boxed, mesh: Mesh, rules: Rules = RULES):
 
     def one(leaf):
         if isinstance(leaf, meta.Partitioned):
-            return NamedSharding(mesh, fit(leaf.names, leaf.value.shape, mesh, rules))
+            return NamedSharding(mesh, fit_param(leaf.names, leaf.value.shape, mesh, rules))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.Partitioned))
@@ -126,8 +141,16 @@ def _rule(name: str, rules: Rules):
     return rules[name]
 
 
+def _axes(name: str | None, rules: Rules) -> tuple[str, ...]:
+    return () if name is None else _tuple(_rule(name, rules))
+
+
+def _tuple(axes: None | str | tuple[str, ...]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def _check_axes(mesh: Mesh, rules: Rules):
     for name, axes in rules.items():
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
+        for axis in _tuple(axes):
             if axis not in mesh.shape:
                 raise ValueError(f"rule {name!r} names mesh axis {axis!r}; the mesh has {', '.join(mesh.axis_names)}")

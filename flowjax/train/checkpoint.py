@@ -3,6 +3,12 @@
 One wrapper around orbax (API v1). A step directory holds `state` (the arrays) and `extra` (JSON: data position, config,
 fingerprints). orbax notices truncated files but not flipped bits, and its "latest" may be a damaged step; so every leaf's
 fingerprint is stored, compared after loading, and a damaged step is named and skipped in favour of the one before it.
+
+There is one tier, the workdir, which may be a bucket. A SIGTERM at any process makes all save the same step, so a preemption
+that is announced loses nothing; a machine that dies loses the steps since the last checkpoint. Copies on each host's own disk,
+from which a slice that lives restores one that is new, are not here: orbax 0.12.8 has them in experimental.emergency (its
+CheckpointManager, for several slices with a whole copy each; ReplicatorCheckpointManager, with a replicator service beside
+each host), which it marks as experimental and not for general use, on its older interface and only for jobs of several processes.
 """
 
 import json

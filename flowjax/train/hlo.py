@@ -9,6 +9,8 @@ import operator
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "token": 0}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute", "collective-broadcast")
@@ -32,13 +34,15 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One exchange. bytes: of the whole array over the group, per turn; group: devices that take part; turns: per step."""
+    """One exchange. bytes: of the whole array over the group, per turn; group: devices that take part; turns: per step; members: the
+    first group's places in the mesh, row by row, or () where all devices pass something on to one another."""
 
     kind: str
     bytes: int
     group: int
     turns: int
     where: str
+    members: tuple[int, ...] = ()
 
     @property
     def sent(self) -> float:
@@ -154,7 +158,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
         if kind not in COLLECTIVES:
             continue
         scatter = kind == "reduce-scatter" or (kind == "all-reduce" and "reduce-scatter" in op.computation)
-        group = _group(op.rest, devices)
+        members = () if kind == "collective-permute" else _members(op.rest) or tuple(range(devices))
+        group = len(members) or devices
         arrays = [size(f"{k}[{d}]") for k, d in _ARRAY.findall(op.shape)]
         if op.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
             arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # (operands, results) and (operand, result, ...)
@@ -162,22 +167,34 @@ def collectives(text: str, devices: int) -> list[Collective]:
         channel = re.search(r"channel_id=(\d+)", op.rest)
         where = re.search(r'op_name="([^"]*)"', op.rest)
         turns = op.loops if channel else op.turns
-        one = Collective("reduce-scatter" if scatter else kind, whole, group, turns, where[1] if where else op.name)
+        one = Collective("reduce-scatter" if scatter else kind, whole, group, turns, where[1] if where else op.name, members)
         key = (kind, int(channel[1])) if channel else ("", i)
         if key not in found or found[key].turns > one.turns:
             found[key] = one
     return [c for c in found.values() if c.group > 1]
 
 
-def _group(rest: str, devices: int) -> int:
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", rest):
+def _members(rest: str) -> tuple[int, ...]:
+    """The first of `replica_groups`, which are listed, or the rows of a numbered box that is turned, or axes of a mesh."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^)]*(?:\([^)]*\))?)\))?\s*\{([^}]*)\}", rest):
         sizes = {k: int(v) for k, v in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        return math.prod(sizes[axis] for axis in re.findall(r"'([^']+)'", named[2]))
+        ids = _box(named[2]) if named[2] else np.arange(math.prod(sizes.values()))
+        kept = re.findall(r"'([^']+)'", named[3])
+        corner = tuple(slice(None) if axis in kept else 0 for axis in sizes)
+        return tuple(ids.reshape(*sizes.values())[corner].ravel().tolist())
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(iota[2])
-    return devices
+        return tuple(int(n) for n in listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+)", rest):
+        return tuple(_box(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
+    return ()
+
+
+def _box(text: str) -> np.ndarray:
+    """0, 1, 2, ... in the order of "[2,4]T(1,0)": a box of that shape, its axes turned."""
+    shape, turned = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    shape = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose([int(n) for n in turned.split(",")]) if turned else ids).ravel()
 
 
 def flops(text: str) -> int:
