@@ -24,11 +24,13 @@ def players(**settings):
 
 
 def grid(made, n=8, s=0.5):
-    """t = 1, where x_t is noise, and x_s of what is `made` of it, with every pair of nodes of the two noises."""
+    """t = 1, where x_t is noise, and x_s of what is `made` of it, with every pair of nodes of the two noises; the teacher knows REAL."""
     nodes, weights = quadrature.product(quadrature.normal(n), quadrature.normal(n))
     z, xi = (jnp.asarray(v)[:, None] for v in nodes.T)
     ones = jnp.ones(len(z))
-    return {"x_t": z, "x_s": RF.perturb(made(z), xi, s), "t": ones, "s": s * ones, "cond": {}}, jnp.asarray(weights)
+    x_s = RF.perturb(made(z), xi, s)
+    found = {"made": made(z), "taught": REAL.x_mean(RF, x_s, s * ones)}
+    return {"x_t": z, "x_s": x_s, "t": ones, "s": s * ones, "cond": {}, **found}, jnp.asarray(weights)
 
 
 def test_gradient_is_half_of_the_moments_error():
@@ -39,7 +41,7 @@ def test_gradient_is_half_of_the_moments_error():
     auxiliary = Model(lambda x, t, c, k: (fake.x_mean(RF, x, half) + REAL.x_mean(RF, x, half)) / 2, RF, "x")
 
     def total(theta):
-        nets = {"net": linear(*theta), "auxiliary": auxiliary, "teacher": REAL.model(RF)}
+        nets = {"net": linear(*theta), "auxiliary": auxiliary}
         return quadrature.expected(lambda b: players()["net"](nets, b, None), batch, weights)
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray([MEAN, STD])), [0.2, 0.0760976], rtol=1e-6)
@@ -52,46 +54,50 @@ def test_best_auxiliary_is_halfway():
     best = jnp.asarray([values[0, 0], values[1, 0] - values[0, 0]])
 
     def total(theta):
-        nets = {"net": linear(MEAN, STD), "auxiliary": linear(*theta), "teacher": REAL.model(RF)}
+        nets = {"net": linear(MEAN, STD), "auxiliary": linear(*theta)}
         return quadrature.expected(lambda b: players()["auxiliary"](nets, b, None), batch, weights)
 
     np.testing.assert_allclose(jax.grad(total)(best), 0, atol=1e-10)
     assert (np.abs(jax.grad(total)(best + 0.1)) > 1e-2).all()
 
 
-def test_values_weights_and_guidance_by_hand():
-    """x_hat = 3, D_auxiliary = 2, D_teacher = 1 with the label and 1/2 without: guided by 3 it is 2, and nothing is left."""
-    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
-    teacher = Model(lambda x, t, c, k: jnp.where(c["label"] == 0, 1.0, 0.5)[:, None] + 0 * x, RF, "x", null)
-    nets = {"net": linear(3.0, 0.0), "auxiliary": linear(2.0, 0.0), "teacher": teacher}
+def test_values_and_weights_by_hand():
+    """x_hat = 3, D_auxiliary = 2, D_teacher = 1."""
+    nets = {"net": linear(3.0, 0.0), "auxiliary": linear(2.0, 0.0)}
     zero = jnp.zeros((2, 1))
-    batch = {"x_t": zero, "x_s": zero, "t": jnp.ones(2), "s": jnp.asarray([0.5, 0.2]), "cond": {"label": jnp.zeros(2, int)}}
-    for settings, wanted in (
-        ({}, (3.0, 2.0, 1.0)),
-        ({"weight": "snr"}, (3 * 8.5, 2 * 8.5, 1.0)),  # SNR 1 and 16, their mean 8.5
-        ({"guidance": {"name": "cfg", "scale": 3.0}}, (0.0, 1.0, 0.0)),
-    ):
+    batch = {"x_t": zero, "x_s": zero, "made": zero + 3, "taught": zero + 1, "t": jnp.ones(2), "s": jnp.asarray([0.5, 0.2]), "cond": {}}
+    for settings, wanted in (({}, (3.0, 2.0, 1.0)), ({"weight": "snr"}, (3 * 8.5, 2 * 8.5, 1.0))):  # SNR 1 and 16, their mean 8.5
         loss = players(**settings)
         value, metrics = loss["auxiliary"](nets, batch, None)
         np.testing.assert_allclose([loss["net"](nets, batch, None)[0], value, metrics["gap"]], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_asked_of_the_others_is_asked_of_the_states():
+    """The student at x_t and t, the teacher at x_s and s: guided by 3 from x without the label to 2 x with it, it says 4 x."""
+    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
+    teacher = Model(lambda x, t, c, k: jnp.where(c["label"] == 0, 2.0, 1.0)[:, None] * x + t[:, None], RF, "x", null)
+    nets = {"net": Model(lambda x, t, c, k: 3 * x - t[:, None], RF, "x"), "teacher": teacher, "auxiliary": linear(0, 1)}
+    batch = {"x": jnp.linspace(-1, 1, 6)[:, None], "cond": {"label": jnp.zeros(6, int)}}
+    for guidance, factor in (("none", 2.0), ({"name": "cfg", "scale": 3.0}, 4.0)):
+        out = objectives.build({"name": "moment_matching", "guidance": guidance}).rollout(nets, batch, KEY)
+        np.testing.assert_allclose(out["made"], 3 * out["x_t"] - out["t"][:, None], atol=1e-12)
+        np.testing.assert_allclose(out["taught"], factor * out["x_s"] + out["s"][:, None], atol=1e-12)
 
 
 def test_each_player_trains_itself_alone():
     batch, _ = grid(lambda z: z, 3)
 
     def loss(role, theta):
-        nets = {"net": linear(theta[0], 0.7), "auxiliary": linear(theta[1], 0.5), "teacher": linear(theta[2], 0.4)}
-        return players()[role](nets, batch, None)[0]
+        return players()[role]({"net": linear(theta[0], 0.7), "auxiliary": linear(theta[1], 0.5)}, batch, None)[0]
 
-    theta = jnp.asarray([0.3, 0.5, -0.2])
-    assert [bool(g != 0) for g in jax.grad(lambda v: loss("net", v))(theta)] == [True, False, False]
-    # The teacher is frozen: only the auxiliary's own gradient is taken.
-    assert [bool(g != 0) for g in jax.grad(lambda v: loss("auxiliary", v))(theta)][:2] == [False, True]
+    theta = jnp.asarray([0.3, 0.5])
+    assert [bool(g != 0) for g in jax.grad(lambda v: loss("net", v))(theta)] == [True, False]
+    assert [bool(g != 0) for g in jax.grad(lambda v: loss("auxiliary", v))(theta)] == [False, True]
 
 
 def rolled(net, n=20_000, path=RF, x=0.0, **settings):
     bound = objectives.build({"name": "moment_matching", **settings})
-    other = Model(None, path, "velocity")
+    other = Model(lambda x, t, c, k: x, path, "velocity")
     out = bound.rollout({"net": net, "auxiliary": other, "teacher": other}, {"x": jnp.full((n, 1), x), "cond": {}}, KEY)
     return {k: np.asarray(out[k], np.float64) for k in ("t", "s", "x_t", "x_s")}
 

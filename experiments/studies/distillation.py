@@ -10,6 +10,7 @@ to make couplings is not in it, and is told beside.
 import functools
 import json
 import pathlib
+import time
 
 import numpy as np
 from absl import flags
@@ -19,6 +20,7 @@ from flowjax.train import runtime
 
 PART = flags.DEFINE_enum("part", "plane", ["plane", "digits"], "Which of the two.")
 CHOSEN = flags.DEFINE_list("methods", [], "Methods to run, by a part of their names; none: all.")
+BUDGET = flags.DEFINE_integer("budget", 0, "Steps of the teacher's training that each method's computation amounts to; 0: the part's own.", lower_bound=0)
 STEPS = (1, 2, 4, 8)
 UNIFORM = {"name": "uniform", "stratified": True}
 ONE_STEP = {"name": "steps", "count": 1, "stratified": True}
@@ -79,7 +81,9 @@ class Part:
         out = pathlib.Path(common.RUNS.value).absolute() / f"distillation/{self.name}/couplings/{name}/{seed}"
         if not (out / "manifest.json").exists():
             how = ["--guidance=" + (str(self.guidance["scale"]) if guided and self.guidance else "none"), *self.couplings]
+            began = time.monotonic()
             common.binary("tools.make_couplings", f"--checkpoint={pathlib.Path(source).absolute()}", f"--out={out}", f"--seed={1000 + seed}", *how)
+            out.with_suffix(".seconds").write_text(f"{time.monotonic() - began:.1f}")
         return {"name": "array_record", "path": str(out)}
 
 
@@ -357,6 +361,7 @@ METHODS = {
 def main():
     runtime.setup()
     part, seeds = {"plane": Plane, "digits": Digits}[PART.value](), range(common.SEEDS.value)
+    part.budget = BUDGET.value or part.budget
     found = {}  # (row, steps) -> measurements, one a seed
 
     def measured(name, runs):

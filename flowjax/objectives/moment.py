@@ -24,10 +24,11 @@ from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
-def rollout(nets, batch, key, *, steps: int = 8, time="uniform"):
+def rollout(nets, batch, key, *, steps: int = 8, time="uniform", guidance="none"):
     """Draw s of the law `time` (a section of flowjax.times), t up to 1 / steps of the way later, and x_s after a step of the student.
 
-    steps: of the student, as it will be sampled.
+    steps: of the student, as it will be sampled. guidance: a section of flowjax.guidance that wraps the teacher. What both players ask
+    of networks that are not theirs is asked here, once: x_hat(x_t) as batch["made"], D_teacher(x_s) as batch["taught"].
     """
     net, x, cond, n = nets["net"], batch["x"], batch["cond"], len(batch["x"])
     for name in ("auxiliary", "teacher"):
@@ -42,34 +43,33 @@ def rollout(nets, batch, key, *, steps: int = 8, time="uniform"):
     t = jnp.minimum(s + jnp.maximum(jax.random.uniform(key_t, (n,)) / steps, 1e-3), latest)
     x_t = net.path.perturb(x, jax.random.normal(key_z, x.shape, x.dtype), t)
     std = jnp.sqrt(net.path.posterior_variance(t, s))
-    x_s = net.path.posterior_mean(x_t, net.get("x", x_t, t, cond), t, s) + expand(std, x) * jax.random.normal(key_xi, x.shape, x.dtype)
-    return {**batch, "t": t, "s": s, "x_t": x_t, "x_s": x_s}
+    made = net.get("x", x_t, t, cond)
+    x_s = net.path.posterior_mean(x_t, made, t, s) + expand(std, x) * jax.random.normal(key_xi, x.shape, x.dtype)
+    return {**batch, "t": t, "s": s, "x_t": x_t, "x_s": x_s, "made": made, "taught": guided(nets, guidance).get("x", x_s, s, cond)}
 
 
-def _taught(nets, batch, guidance):
+def guided(nets, guidance):
+    """The teacher in its guidance."""
     teacher = nets["teacher"]
-    if guidance != "none":
-        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
-    return teacher.get("x", batch["x_s"], batch["s"], batch["cond"])
+    return teacher if guidance == "none" else build(GUIDANCE, guidance, "objective.guidance", model=teacher)
 
 
-def auxiliary_loss(nets, batch, key, *, guidance="none", weight="none"):
+def auxiliary_loss(nets, batch, key, *, weight="none"):
     """The auxiliary's loss. `weight` is a section of flowjax.weights, for errors of x.
 
     Metric `gap`: the root mean square of D_auxiliary - D_teacher.
     """
     omega = weights.loss_weight(weight, nets["net"].path, "x", batch["s"])
-    made = jax.lax.stop_gradient(nets["net"].get("x", batch["x_t"], batch["t"], batch["cond"]))
     guess = nets["auxiliary"].get("x", batch["x_s"], batch["s"], batch["cond"], key)
-    apart = mean_dims(jnp.square(guess - _taught(nets, batch, guidance)))
-    value = jnp.mean(omega * (mean_dims(jnp.square(made - guess)) + apart))
+    apart = mean_dims(jnp.square(guess - batch["taught"]))
+    value = jnp.mean(omega * (mean_dims(jnp.square(batch["made"] - guess)) + apart))
     return value, {"gap": jnp.sqrt(jnp.mean(apart))}
 
 
-def student_loss(nets, batch, key, *, guidance="none", weight="none"):
+def student_loss(nets, batch, key, *, weight="none"):
     """The student's loss; its gradient is what matters."""
     omega = weights.loss_weight(weight, nets["net"].path, "x", batch["s"])
-    gap = nets["auxiliary"].get("x", batch["x_s"], batch["s"], batch["cond"]) - _taught(nets, batch, guidance)
+    gap = nets["auxiliary"].get("x", batch["x_s"], batch["s"], batch["cond"]) - batch["taught"]
     made = nets["net"].get("x", batch["x_t"], batch["t"], batch["cond"], key)
     return jnp.mean(omega * mean_dims(made * jax.lax.stop_gradient(gap))), {}
 
