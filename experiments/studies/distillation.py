@@ -78,7 +78,8 @@ class Part:
 
     def coupled(self, source, name: str, seed: int, guided: bool) -> dict:
         """The data section of couplings made by a checkpoint."""
-        out = pathlib.Path(common.RUNS.value).absolute() / f"distillation/{self.name}/couplings/{name}/{seed}"
+        made_by = "" if name == "teacher" else f"{self.budget}/"
+        out = pathlib.Path(common.RUNS.value).absolute() / f"distillation/{self.name}/{made_by}couplings/{name}/{seed}"
         if not (out / "manifest.json").exists():
             how = ["--guidance=" + (str(self.guidance["scale"]) if guided and self.guidance else "none"), *self.couplings]
             began = time.monotonic()
