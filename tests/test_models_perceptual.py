@@ -8,6 +8,7 @@ from nets import close, count, golden, random_arrays, randomise, shapes
 from train_runs import rows, tiny, train
 
 from flowjax.config import ConfigError
+from flowjax.data import records
 from flowjax.interop import lpips as interop
 from flowjax.models.classifier import Classifier
 from flowjax.models.perceptual import LPIPS, distance, unit
@@ -163,5 +164,10 @@ def test_a_classifier_that_was_trained_here_takes_part_in_an_autoencoders_run(tm
     assert info["frozen_models"] == {"perceptual": judge} and [*info["frozen"]] == ["perceptual"]
     with pytest.raises(ConfigError, match="roles.discriminator.model: objective .* needs a network of kind 'discriminator'"):
         Run(tiny(data={"name": "digits"}, model=net, objective="vae_gan"))
+    pairs = [("train", f"row {i}", {"x": v[i], "z": v[i]}) for v in (np.zeros((16, 4, 4, 3), np.float32),) for i in range(16)]
+    records.write(tmp_path / "pairs", pairs, name="couplings")
+    dit, data = {"name": "dit", "patch": 4, "width": 8, "depth": 1, "heads": 1, "num_classes": 0}, {"name": "array_record", "path": str(tmp_path / "pairs")}
+    with pytest.raises(ConfigError, match="roles.perceptual looks at 1 channels, and the examples of this run have 3"):
+        Run(tiny(data=data, model=dit, objective={"name": "flow_matching", "perceptual_weight": 1.0}, roles={"perceptual": section}))
     with pytest.raises(ConfigError, match="roles.perceptual.checkpoint is missing"):
         Run(tiny(data={"name": "digits"}, model=net, objective=objective, roles={"perceptual": {}}))

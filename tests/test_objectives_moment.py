@@ -141,3 +141,42 @@ def test_refusals():
             bound.rollout(nets, batch, KEY)
     with pytest.raises(ConfigError, match="objective.steps = 0"):
         rolled(linear(0, 1), steps=0)
+
+
+def of_line(line, null=None):
+    of = lambda line: Model(lambda x, t, c, k: line["c"] + line["k"] * x, RF, "x", null)  # noqa: E731
+    return of(line).replace(params=line, of=of)
+
+
+def test_gradients_by_the_teachers_parameters_by_hand():
+    """Halves with x_hat - D = 3, 1 at x_s = 1, 2: gradients by (c, k) are -2 (3, 3 * 1) and -2 (1, 1 * 2), times omega; their product 4 * 9."""
+    batch = {"x_t": jnp.asarray([[4.0], [3.0]]), "x_s": jnp.asarray([[1.0], [2.0]]), "t": jnp.ones(2), "s": jnp.full(2, 0.5), "cond": {}}
+    nets = {"net": linear(0.0, 1.0), "teacher": of_line({"c": jnp.asarray(0.0), "k": jnp.asarray(1.0)})}
+    for weight, factor in (("none", 1), ({"name": "snr"}, 1), ("velocity", 16)):  # at s = 1/2 SNR is 1 and 1 / s^2 four
+        loss = objectives.build({"name": "parameter_moment_matching", "weight": weight}).players[0].loss
+        (value, metrics), slope = jax.value_and_grad(lambda m: loss(nets | {"net": linear(m, 1.0)}, batch, None), has_aux=True)(0.0)  # noqa: B023
+        np.testing.assert_allclose([value, metrics["gap"]], [36 * factor, 5**0.5], rtol=1e-6)
+        # d / dm of x_hat = m + x_t: 4 ((3 + m) (1 + m) + (3 + m) (2 + 2 m)) = 12 (3 + m) (1 + m).
+        np.testing.assert_allclose(slope, 48 * factor, rtol=1e-6)
+    with pytest.raises(ConfigError, match="batch_size = 1 should be even"):
+        loss(nets, jax.tree.map(lambda v: v[:1], batch), None)
+
+
+def test_guidance_is_around_the_parameters():
+    """Guided by 3 from c without the label to c + k x with it the teacher says c + 3 k x: at x_s = 1, x_hat = 4 agrees with c = 1, k = 1."""
+    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
+    of = lambda k: Model(lambda x, t, c, key: 1 + k * jnp.where(c["label"] == 0, 1.0, 0.0)[:, None] * x, RF, "x", null)  # noqa: E731
+    teacher = of(1.0).replace(params=jnp.asarray(1.0), of=of)
+    batch = {"x_t": jnp.ones((2, 1)), "x_s": jnp.ones((2, 1)), "t": jnp.ones(2), "s": jnp.full(2, 0.5), "cond": {"label": jnp.zeros(2, int)}}
+    loss = objectives.build({"name": "parameter_moment_matching", "guidance": {"name": "cfg", "scale": 3.0}}).players[0].loss
+    assert loss({"net": linear(0.0, 4.0), "teacher": teacher}, batch, None)[0] == 0
+    assert loss({"net": linear(0.0, 5.0), "teacher": teacher}, batch, None)[0] == pytest.approx(36)  # (2 * 3)^2
+
+
+def test_states_are_those_of_the_other_form():
+    nets = {"net": linear(0.2, 0.5), "teacher": linear(0.0, 1.0)}
+    batch = {"x": jnp.linspace(-1, 1, 6)[:, None], "cond": {}}
+    one, other = (objectives.build(n).rollout(nets, batch, KEY) for n in ("moment_matching", "parameter_moment_matching"))
+    assert other.keys() == one.keys() - {"taught"} and all((one[k] == other[k]).all() for k in ("t", "s", "x_t", "x_s", "made"))
+    with pytest.raises(ConfigError, match="roles.teacher was trained with another path"):
+        objectives.build("parameter_moment_matching").rollout(nets | {"teacher": linear(0, 1, paths.trigonometric())}, batch, KEY)

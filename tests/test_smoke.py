@@ -181,6 +181,8 @@ def test_digits_moment_matching(shell, digits):
     shell("experiments.train", f"--config={ROOT}/configs/digits_moment.py:smoke", "--workdir=moment", *roles)
     seen = [row for row in rows(shell.home / "moment") if "auxiliary/loss" in row]
     assert len(seen) == 4 and all(isinstance(row["net/loss"], float) for row in seen) and list((shell.home / "moment/samples").glob("*.png"))
+    shell("experiments.train", f"--config={ROOT}/configs/digits_moment.py:smoke:parameters", "--workdir=parameters", roles[0], roles[2])
+    check_workdir(shell.home / "parameters")
 
 
 def test_digits_guidance_distillation(shell, digits):
