@@ -15,6 +15,7 @@ RUNS = flags.DEFINE_string("runs", "runs/studies", "Where trained runs are kept.
 DATA = flags.DEFINE_string("data", "", "The prepared data set of a study that needs one; by default data/ and its name.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=1)
 HERE = pathlib.Path(__file__).parent
+_finished: dict[str, str] = {}  # settings of the runs that this process has seen whole
 
 
 def config(name: str, arg: str = "", **changes) -> dict:
@@ -35,9 +36,11 @@ def train(name: str, settings: dict) -> pathlib.Path:
     """
     from flowjax.train import loop
 
-    workdir = pathlib.Path(RUNS.value) / name
-    if loop.run(settings, workdir) < settings["steps"]:
-        raise SystemExit(f"stopped on request in {workdir}; the same command goes on")
+    workdir, told = pathlib.Path(RUNS.value) / name, json.dumps(settings, sort_keys=True, default=str)
+    if _finished.get(str(workdir)) != told:  # finding out takes seconds, and studies ask for the same run many times
+        if loop.run(settings, workdir) < settings["steps"]:
+            raise SystemExit(f"stopped on request in {workdir}; the same command goes on")
+        _finished[str(workdir)] = told
     return workdir
 
 

@@ -122,12 +122,13 @@ def latent_consistency(adapter):
         objective = {
             "name": "latent_consistency", "steps": 50, "skip": 2, "scale_min": 1.0, "scale_max": 2 * scale, "metric": "pseudo_huber", "huber": 0.03,
         }  # fmt: skip
-        roles, averages = teaching(part, seed), {"target": {"name": "constant", "decay": 0.95}}
+        roles, averages, changes = teaching(part, seed), {"target": {"name": "constant", "decay": 0.95}}, {}
         if adapter:
             roles["net"] = {"checkpoint": str(roles["net"]), "lora": LORA}
+            changes["optimizer"] = {"name": "adamw", "clip": 1.0, "schedule": {"name": "cosine", "rate": 4 * part.rate, "warmup": 20}}
         ask = {"name": "embedded", "scale": scale}
         name = "lcm" + "_lora" * adapter
-        made = part.train(name, seed, objective, roles, model={"guidance_embed": True}, ema=averages, sample={"guidance": ask})
+        made = part.train(name, seed, objective, roles, model={"guidance_embed": True}, ema=averages, sample={"guidance": ask}, **changes)
         return always(part, made, "renoise", ask)
 
     return method
@@ -184,8 +185,7 @@ def gan(adapter):
             "teacher": part.teacher(seed), "net": net, "fake": start | {"optimizer": adam(part)}, "discriminator": judging(part, seed, adam(part)),
         }  # fmt: skip
         name = "distribution_matching_gan" + "_lora" * adapter
-        # An adapter's factors are far from their goal at first, and take the larger steps that adapters are given.
-        own = adam(part, rate=2.0 if adapter else 0.5)
+        own = adam(part, rate=2.0 if adapter else 0.5)  # adapters take larger steps
         return {1: (part.train(name, seed, objective, roles, guided=True, optimizer=own), "renoise")}
 
     return method
