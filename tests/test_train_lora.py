@@ -312,7 +312,7 @@ def test_an_adapter_holds_what_its_base_has_not(base, lcm, tmp_path):
     same(params["g_embed"], tree["g_embed"])
     assert all(v.any() for k, v in lora.added(tree).items() if k.endswith("kernel"))  # the last was zero
     base_params = export.load(base)[1]
-    same(lora.merge(base_params, [(tree, its.scale, 1.0)]), params)
+    same(merged(base_params, its.lora, tree), params)
     assert params.keys() == base_params.keys() | {"g_embed"}
     net, x = role.net(params), np.ones((2, 8, 8, 1), np.float32)
     one, two = (net(x, 0.5, {"label": np.zeros(2, np.int32), "guidance": np.full(2, w, np.float32)}) for w in (1.0, 3.0))
@@ -323,9 +323,9 @@ def test_an_adapter_holds_what_its_base_has_not(base, lcm, tmp_path):
         same(export.load(tmp_path / name)[1], params)
     # Neither files of others nor a base without the input have room for it.
     with pytest.raises(ConfigError, match="g_embed/.*, which the adapter holds whole, cannot be expressed in the layout of kohya"):
-        interop.to_file(role.module, base_params, tree, its, "kohya")
+        interop.to_file(role.module, base_params, tree, its.lora, "kohya")
     with pytest.raises(ConfigError, match="--lora=a brings g_embed along"):
-        export.adapted(*export.load(base), [("a", tree, its, info, 1.0)])
+        export.adapted(*export.load(base), [("a", tree, its.lora, info, 1.0)])
 
 
 def test_such_a_run_begins_as_its_base_and_resumes(base, lcm, tmp_path):

@@ -99,7 +99,7 @@ class Study:
             for i, name in enumerate(names):
                 points = [(n, np.mean([m[key] for m in self.found[name, n]])) for n in part.steps if (name, n) in self.found]
                 if points:
-                    style = ("o-", "s:", "^--", "v-.")[i // 10 % 4] if i else "k--"
+                    style = ("o-", "s:", "^--", "v-.")[i // 10 % 4] if i else "--"
                     axes.plot(*zip(*points), style, ms=3, color=f"C{i}" if i else "k", label=name)
             axes.set(xlabel="steps", ylabel=key, xscale="log", yscale="log", xticks=part.steps, xticklabels=part.steps)
             axes.minorticks_off()
