@@ -8,7 +8,17 @@
 
     python -m experiments.evaluate --checkpoint=runs/digits_one --data=digits
 
-"one:" before the directory trains at t = 1 alone. The couplings are guided, the networks are not guided again.
+"one:" before the directory trains at t = 1 alone. The couplings are guided, the networks are not guided again. A smaller student, which can
+begin as no other network, learns from the same couplings (output distillation, 2101.02388):
+
+    python -m experiments.train --config=configs/digits_reflow.py:one:data/digits_1 --workdir=runs/digits_half \
+        --config.model.width=48 --config.roles.net.checkpoint=
+
+and "perceptual:" is InstaFlow's second stage, which compares images in the features of a network, here a classifier's:
+
+    python -m experiments.train --config=configs/digits_classifier.py:clean --workdir=runs/clean
+    python -m experiments.train --config=configs/digits_reflow.py:perceptual:data/digits_2 --workdir=runs/digits_perceptual \
+        --config.roles.net.checkpoint=runs/digits_one
 """
 
 from configs import digits
@@ -16,9 +26,10 @@ from flowjax.train.settings import config_dict
 
 
 def get_config(arg: str = "data/digits_1"):
-    """arg: directory of the couplings, with "smoke:" (a few steps of a tiny network) and "one:" before it, in this order."""
+    """arg: directory of the couplings; before it "smoke:" (a few steps of a tiny network) and "one:" or "perceptual:", in this order."""
     smoke, arg = arg.startswith("smoke:"), arg.removeprefix("smoke:")
-    one, path = arg.startswith("one:"), arg.removeprefix("one:")
+    seen, arg = arg.startswith("perceptual:"), arg.removeprefix("perceptual:")
+    one, path = seen or arg.startswith("one:"), arg.removeprefix("one:")
     base = digits.get_config("smoke" if smoke else "").to_dict()
     time = {"name": "steps", "count": 1} if one else {"name": "uniform"}
     return config_dict(
@@ -26,8 +37,8 @@ def get_config(arg: str = "data/digits_1"):
         | {
             "steps": 4 if smoke else 2000,
             "data": {"name": "array_record", "path": path},
-            "objective": {"name": "flow_matching", "time": time | {"stratified": True}},
-            "roles": {"net": {"checkpoint": "runs/digits"}},
+            "objective": {"name": "flow_matching", "time": time | {"stratified": True}} | ({"perceptual_weight": 1.0, "squares": 0.0} if seen else {}),
+            "roles": {"net": {"checkpoint": "runs/digits"}} | ({"perceptual": {"checkpoint": "runs/clean"}} if seen else {}),
             "sample": base["sample"] | {"steps": 1 if one else 8, "sampler": "euler", "guidance": "none"},
             "validation": base["validation"] | {"split": "train"},
         }

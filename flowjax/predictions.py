@@ -135,6 +135,8 @@ class Model:
     `project` takes what apply takes and returns (y, features (B, rows, columns, F) that a hidden state is projected to);
     None for networks without a projector. `guidance_embed` tells networks that take the scale of guidance as an input,
     cond["guidance"] (B,); `step_embed` those that take a step, cond["step"] (B,), and answer with the velocity's mean over it.
+    `params` are the network's parameters and `of(params)` the same network with others, without guidance around it, for what is
+    differentiated by them.
     """
 
     apply: Callable[..., Any]
@@ -145,6 +147,8 @@ class Model:
     project: Callable[..., Any] | None = None
     guidance_embed: bool = False
     step_embed: bool = False
+    params: Any = None
+    of: Callable[[Any], "Model"] | None = None
 
     def __call__(self, x_t, t, cond=None, key=None):
         """y for x_t (B, ...) at t, scalar or (B,)."""

@@ -8,6 +8,7 @@ from nets import close, count, golden, random_arrays, randomise, shapes
 from train_runs import rows, tiny, train
 
 from flowjax.config import ConfigError
+from flowjax.data import records
 from flowjax.interop import lpips as interop
 from flowjax.models.classifier import Classifier
 from flowjax.models.perceptual import LPIPS, distance, unit
@@ -165,3 +166,30 @@ def test_a_classifier_that_was_trained_here_takes_part_in_an_autoencoders_run(tm
         Run(tiny(data={"name": "digits"}, model=net, objective="vae_gan"))
     with pytest.raises(ConfigError, match="roles.perceptual.checkpoint is missing"):
         Run(tiny(data={"name": "digits"}, model=net, objective=objective, roles={"perceptual": {}}))
+
+
+@pytest.mark.slow
+def test_a_classifier_takes_part_in_a_run_on_couplings(tmp_path):
+    """InstaFlow's second stage; one that looks at other channels is refused."""
+    judge = {"name": "classifier", "width": 8, "stages": 2, "groups": 4, "num_classes": 10}
+    train(tiny(data={"name": "digits"}, model=judge, objective="classification", steps=1), tmp_path / "judge")
+    changes = dict(
+        model={"name": "dit", "patch": 4, "width": 8, "depth": 1, "heads": 1, "num_classes": 0}, validation={"split": "train"}, steps=2,
+        objective={"name": "flow_matching", "time": {"name": "steps", "count": 1}, "perceptual_weight": 0.5, "squares": 0.0},
+        roles={"perceptual": {"checkpoint": str(tmp_path / "judge")}},
+    )  # fmt: skip
+
+    def couplings(channels):
+        drawn = np.random.default_rng(0).standard_normal((2, 16, 8, 8, channels)).astype(np.float32)
+        rows = [("train", f"row {i}", {"x": x, "z": z}) for i, (x, z) in enumerate(zip(*drawn))]
+        records.write(tmp_path / f"pairs{channels}", rows, name="couplings")
+        return {"name": "array_record", "path": str(tmp_path / f"pairs{channels}")}
+
+    train(tiny(data=couplings(1), **changes), tmp_path / "run")
+    last = [row for row in rows(tmp_path / "run") if "perceptual" in row][-1]
+    assert last["perceptual"] > 0 and last["loss"] == pytest.approx(0.5 * last["perceptual"])
+    with pytest.raises(ConfigError, match="roles.perceptual looks at 1 channels, and the examples of this run have 3"):
+        Run(tiny(data=couplings(3), **changes))
+    with pytest.raises(ConfigError, match="roles.perceptual compares .* the data should be couplings"):
+        train(tiny(data={"name": "digits"}, **changes | {"model": changes["model"] | {"num_classes": 10}}), tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()

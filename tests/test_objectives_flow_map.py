@@ -219,3 +219,14 @@ def test_finest_step_may_be_the_whole_way():
         {"net": flow_map(), "target": flow_map()}, {"x": jnp.zeros((4, 1)), "cond": {}}, jax.random.key(0)
     )
     assert (batch["cond"]["step"] == 1).all() and (batch["t"] == 1).all()
+
+
+def test_tangents_are_of_r_and_t():
+    """u = 2 x + 3 t + 5 step: with tangents (r', t') its derivative is 2 v + 3 t' + 5 (t' - r'), here for v = 1 and a step of 1/2."""
+    net = Model(lambda x, t, c, k: 2 * x + (3 * t + 5 * c["step"])[:, None], paths.rectified(), "velocity", step_embed=True)
+    batch = {"x": jnp.zeros((1, 1)), "z": jnp.ones((1, 1)), "t": jnp.full(1, 0.5), "dropped": jnp.zeros(1, bool), "cond": {"step": jnp.full(1, 0.5)}}
+    for tangent, rate in (((0.0, 1.0), 10), ((0.0, 0.0), 2), ((1.0, 0.0), -3), ((1.0, 1.0), 5)):
+        loss = objectives.build({"name": "meanflow", "power": 0.0, "tangent": tangent}).players[0].loss
+        assert float(loss({"net": net}, batch, None)[0]) == pytest.approx((5 - (1 - 0.5 * rate)) ** 2)
+    with pytest.raises(ConfigError, match="objective.tangent = .* should be two numbers"):
+        objectives.build({"name": "meanflow", "tangent": (1.0,)}).players[0].loss({"net": net}, batch, None)

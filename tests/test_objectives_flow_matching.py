@@ -8,6 +8,7 @@ from scipy import stats
 
 import quadrature
 from flowjax import exact, objectives, predictions, weights
+from flowjax.config import ConfigError
 from flowjax.objectives import flow_matching
 from flowjax.objectives.base import drop_condition, mean_dims
 from flowjax.paths import PATHS, rectified
@@ -185,3 +186,32 @@ def test_mean_dims_reduces_all_but_the_batch_in_float32():
     np.testing.assert_array_equal(out, [5.5, 17.5])
     # 4096 summands of 1/4096 + 1 would stop growing in bfloat16.
     assert mean_dims(jnp.full((1, 4096), 1.0078125, jnp.bfloat16))[0] == 1.0078125
+
+
+class Features:
+    """Features whose distance is the squared difference of the first channel's mean times nine."""
+
+    def feature_maps(self, x):
+        return (3.0 * jnp.mean(x[..., :1], axis=(1, 2), keepdims=True),)
+
+
+def test_perceptual_distance_is_that_of_the_image_of_the_pair():
+    """From z = 0 at t = 1 a velocity of -1/5 makes 1/5, where the pair has 0: squares 0.04 of the velocity, and 9 * 0.04 of the features."""
+    net = Model(lambda x, t, c, k: x - 0.2, RF, "velocity")
+    x = jnp.zeros((2, 4, 4, 3))
+    batch, nets = {"x": x, "z": x, "t": jnp.ones(2), "cond": {}}, {"net": net, "perceptual": Features()}
+    for settings, wanted in (({}, 0.04 + 0.5 * 0.36), ({"squares": 0.0}, 0.5 * 0.36)):
+        loss = objectives.build({"name": "flow_matching", "perceptual_weight": 0.5, **settings}).players[0].loss
+        value, metrics = loss(nets, batch, None)
+        np.testing.assert_allclose([value, metrics["mse"], metrics["perceptual"]], [wanted, 0.04, 0.36], rtol=1e-5)
+    for settings, has in (({"perceptual_weight": 0.5}, {"net": net}), ({}, nets)):
+        with pytest.raises(ConfigError, match="objective.perceptual_weight = .* and roles.perceptual go together: both or neither"):
+            objectives.build({"name": "flow_matching", **settings}).players[0].loss(has, batch, None)
+    with pytest.raises(ConfigError, match="no feature maps; valid: lpips, classifier"):
+        loss({"net": net, "perceptual": net}, batch, None)
+    with pytest.raises(ConfigError, match="objective.squares = 0.0 weighs the regression beside objective.perceptual_weight"):
+        objectives.build({"name": "flow_matching", "squares": 0.0}).players[0].loss({"net": net}, batch, None)
+    rollout = objectives.build("flow_matching").rollout
+    with pytest.raises(ConfigError, match="roles.perceptual compares .* the data should be couplings"):
+        rollout(nets, {"x": x, "cond": {}}, KEY)
+    assert "z" in rollout(nets, {"x": x, "z": x, "cond": {}}, KEY)

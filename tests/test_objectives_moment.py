@@ -24,11 +24,13 @@ def players(**settings):
 
 
 def grid(made, n=8, s=0.5):
-    """t = 1, where x_t is noise, and x_s of what is `made` of it, with every pair of nodes of the two noises."""
+    """t = 1, where x_t is noise, and x_s of what is `made` of it, with every pair of nodes of the two noises; the teacher knows REAL."""
     nodes, weights = quadrature.product(quadrature.normal(n), quadrature.normal(n))
     z, xi = (jnp.asarray(v)[:, None] for v in nodes.T)
     ones = jnp.ones(len(z))
-    return {"x_t": z, "x_s": RF.perturb(made(z), xi, s), "t": ones, "s": s * ones, "cond": {}}, jnp.asarray(weights)
+    x_s = RF.perturb(made(z), xi, s)
+    found = {"made": made(z), "taught": REAL.x_mean(RF, x_s, s * ones)}
+    return {"x_t": z, "x_s": x_s, "t": ones, "s": s * ones, "cond": {}, **found}, jnp.asarray(weights)
 
 
 def test_gradient_is_half_of_the_moments_error():
@@ -39,7 +41,7 @@ def test_gradient_is_half_of_the_moments_error():
     auxiliary = Model(lambda x, t, c, k: (fake.x_mean(RF, x, half) + REAL.x_mean(RF, x, half)) / 2, RF, "x")
 
     def total(theta):
-        nets = {"net": linear(*theta), "auxiliary": auxiliary, "teacher": REAL.model(RF)}
+        nets = {"net": linear(*theta), "auxiliary": auxiliary}
         return quadrature.expected(lambda b: players()["net"](nets, b, None), batch, weights)
 
     np.testing.assert_allclose(jax.grad(total)(jnp.asarray([MEAN, STD])), [0.2, 0.0760976], rtol=1e-6)
@@ -52,46 +54,50 @@ def test_best_auxiliary_is_halfway():
     best = jnp.asarray([values[0, 0], values[1, 0] - values[0, 0]])
 
     def total(theta):
-        nets = {"net": linear(MEAN, STD), "auxiliary": linear(*theta), "teacher": REAL.model(RF)}
+        nets = {"net": linear(MEAN, STD), "auxiliary": linear(*theta)}
         return quadrature.expected(lambda b: players()["auxiliary"](nets, b, None), batch, weights)
 
     np.testing.assert_allclose(jax.grad(total)(best), 0, atol=1e-10)
     assert (np.abs(jax.grad(total)(best + 0.1)) > 1e-2).all()
 
 
-def test_values_weights_and_guidance_by_hand():
-    """x_hat = 3, D_auxiliary = 2, D_teacher = 1 with the label and 1/2 without: guided by 3 it is 2, and nothing is left."""
-    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
-    teacher = Model(lambda x, t, c, k: jnp.where(c["label"] == 0, 1.0, 0.5)[:, None] + 0 * x, RF, "x", null)
-    nets = {"net": linear(3.0, 0.0), "auxiliary": linear(2.0, 0.0), "teacher": teacher}
+def test_values_and_weights_by_hand():
+    """x_hat = 3, D_auxiliary = 2, D_teacher = 1."""
+    nets = {"net": linear(3.0, 0.0), "auxiliary": linear(2.0, 0.0)}
     zero = jnp.zeros((2, 1))
-    batch = {"x_t": zero, "x_s": zero, "t": jnp.ones(2), "s": jnp.asarray([0.5, 0.2]), "cond": {"label": jnp.zeros(2, int)}}
-    for settings, wanted in (
-        ({}, (3.0, 2.0, 1.0)),
-        ({"weight": "snr"}, (3 * 8.5, 2 * 8.5, 1.0)),  # SNR 1 and 16, their mean 8.5
-        ({"guidance": {"name": "cfg", "scale": 3.0}}, (0.0, 1.0, 0.0)),
-    ):
+    batch = {"x_t": zero, "x_s": zero, "made": zero + 3, "taught": zero + 1, "t": jnp.ones(2), "s": jnp.asarray([0.5, 0.2]), "cond": {}}
+    for settings, wanted in (({}, (3.0, 2.0, 1.0)), ({"weight": "snr"}, (3 * 8.5, 2 * 8.5, 1.0))):  # SNR 1 and 16, their mean 8.5
         loss = players(**settings)
         value, metrics = loss["auxiliary"](nets, batch, None)
         np.testing.assert_allclose([loss["net"](nets, batch, None)[0], value, metrics["gap"]], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_asked_of_the_others_is_asked_of_the_states():
+    """The student at x_t and t, the teacher at x_s and s: guided by 3 from x without the label to 2 x with it, it says 4 x."""
+    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
+    teacher = Model(lambda x, t, c, k: jnp.where(c["label"] == 0, 2.0, 1.0)[:, None] * x + t[:, None], RF, "x", null)
+    nets = {"net": Model(lambda x, t, c, k: 3 * x - t[:, None], RF, "x"), "teacher": teacher, "auxiliary": linear(0, 1)}
+    batch = {"x": jnp.linspace(-1, 1, 6)[:, None], "cond": {"label": jnp.zeros(6, int)}}
+    for guidance, factor in (("none", 2.0), ({"name": "cfg", "scale": 3.0}, 4.0)):
+        out = objectives.build({"name": "moment_matching", "guidance": guidance}).rollout(nets, batch, KEY)
+        np.testing.assert_allclose(out["made"], 3 * out["x_t"] - out["t"][:, None], atol=1e-12)
+        np.testing.assert_allclose(out["taught"], factor * out["x_s"] + out["s"][:, None], atol=1e-12)
 
 
 def test_each_player_trains_itself_alone():
     batch, _ = grid(lambda z: z, 3)
 
     def loss(role, theta):
-        nets = {"net": linear(theta[0], 0.7), "auxiliary": linear(theta[1], 0.5), "teacher": linear(theta[2], 0.4)}
-        return players()[role](nets, batch, None)[0]
+        return players()[role]({"net": linear(theta[0], 0.7), "auxiliary": linear(theta[1], 0.5)}, batch, None)[0]
 
-    theta = jnp.asarray([0.3, 0.5, -0.2])
-    assert [bool(g != 0) for g in jax.grad(lambda v: loss("net", v))(theta)] == [True, False, False]
-    # The teacher is frozen: only the auxiliary's own gradient is taken.
-    assert [bool(g != 0) for g in jax.grad(lambda v: loss("auxiliary", v))(theta)][:2] == [False, True]
+    theta = jnp.asarray([0.3, 0.5])
+    assert [bool(g != 0) for g in jax.grad(lambda v: loss("net", v))(theta)] == [True, False]
+    assert [bool(g != 0) for g in jax.grad(lambda v: loss("auxiliary", v))(theta)] == [False, True]
 
 
 def rolled(net, n=20_000, path=RF, x=0.0, **settings):
     bound = objectives.build({"name": "moment_matching", **settings})
-    other = Model(None, path, "velocity")
+    other = Model(lambda x, t, c, k: x, path, "velocity")
     out = bound.rollout({"net": net, "auxiliary": other, "teacher": other}, {"x": jnp.full((n, 1), x), "cond": {}}, KEY)
     return {k: np.asarray(out[k], np.float64) for k in ("t", "s", "x_t", "x_s")}
 
@@ -135,3 +141,42 @@ def test_refusals():
             bound.rollout(nets, batch, KEY)
     with pytest.raises(ConfigError, match="objective.steps = 0"):
         rolled(linear(0, 1), steps=0)
+
+
+def of_line(line, null=None):
+    of = lambda line: Model(lambda x, t, c, k: line["c"] + line["k"] * x, RF, "x", null)  # noqa: E731
+    return of(line).replace(params=line, of=of)
+
+
+def test_gradients_by_the_teachers_parameters_by_hand():
+    """Halves with x_hat - D = 3, 1 at x_s = 1, 2: gradients by (c, k) are -2 (3, 3 * 1) and -2 (1, 1 * 2), times omega; their product 4 * 9."""
+    batch = {"x_t": jnp.asarray([[4.0], [3.0]]), "x_s": jnp.asarray([[1.0], [2.0]]), "t": jnp.ones(2), "s": jnp.full(2, 0.5), "cond": {}}
+    nets = {"net": linear(0.0, 1.0), "teacher": of_line({"c": jnp.asarray(0.0), "k": jnp.asarray(1.0)})}
+    for weight, factor in (("none", 1), ({"name": "snr"}, 1), ("velocity", 16)):  # at s = 1/2 SNR is 1 and 1 / s^2 four
+        loss = objectives.build({"name": "parameter_moment_matching", "weight": weight}).players[0].loss
+        (value, metrics), slope = jax.value_and_grad(lambda m: loss(nets | {"net": linear(m, 1.0)}, batch, None), has_aux=True)(0.0)  # noqa: B023
+        np.testing.assert_allclose([value, metrics["gap"]], [36 * factor, 5**0.5], rtol=1e-6)
+        # d / dm of x_hat = m + x_t: 4 ((3 + m) (1 + m) + (3 + m) (2 + 2 m)) = 12 (3 + m) (1 + m).
+        np.testing.assert_allclose(slope, 48 * factor, rtol=1e-6)
+    with pytest.raises(ConfigError, match="batch_size = 1 should be even"):
+        loss(nets, jax.tree.map(lambda v: v[:1], batch), None)
+
+
+def test_guidance_is_around_the_parameters():
+    """Guided by 3 from c without the label to c + k x with it the teacher says c + 3 k x: at x_s = 1, x_hat = 4 agrees with c = 1, k = 1."""
+    null = lambda cond: {"label": jnp.ones_like(cond["label"])}  # noqa: E731
+    of = lambda k: Model(lambda x, t, c, key: 1 + k * jnp.where(c["label"] == 0, 1.0, 0.0)[:, None] * x, RF, "x", null)  # noqa: E731
+    teacher = of(1.0).replace(params=jnp.asarray(1.0), of=of)
+    batch = {"x_t": jnp.ones((2, 1)), "x_s": jnp.ones((2, 1)), "t": jnp.ones(2), "s": jnp.full(2, 0.5), "cond": {"label": jnp.zeros(2, int)}}
+    loss = objectives.build({"name": "parameter_moment_matching", "guidance": {"name": "cfg", "scale": 3.0}}).players[0].loss
+    assert loss({"net": linear(0.0, 4.0), "teacher": teacher}, batch, None)[0] == 0
+    assert loss({"net": linear(0.0, 5.0), "teacher": teacher}, batch, None)[0] == pytest.approx(36)  # (2 * 3)^2
+
+
+def test_states_are_those_of_the_other_form():
+    nets = {"net": linear(0.2, 0.5), "teacher": linear(0.0, 1.0)}
+    batch = {"x": jnp.linspace(-1, 1, 6)[:, None], "cond": {}}
+    one, other = (objectives.build(n).rollout(nets, batch, KEY) for n in ("moment_matching", "parameter_moment_matching"))
+    assert other.keys() == one.keys() - {"taught"} and all((one[k] == other[k]).all() for k in ("t", "s", "x_t", "x_s", "made"))
+    with pytest.raises(ConfigError, match="roles.teacher was trained with another path"):
+        objectives.build("parameter_moment_matching").rollout(nets | {"teacher": linear(0, 1, paths.trigonometric())}, batch, KEY)

@@ -295,16 +295,36 @@ def moment_matching():
             return {
                 "net": Model(lambda x, t, cond, key: m + k * x, RF, "x"),
                 "auxiliary": Model(lambda x, t, cond, key: c + g * x, RF, "x"),
-                "teacher": exact.gaussian([mean], 0.25).model(RF),
             }
 
-        x_s = jax.lax.stop_gradient(RF.perturb(theta[0] + theta[1] * z, xi, s))
-        batch = {"x_t": z, "x_s": x_s, "t": ones, "s": s * ones, "cond": {}}
+        made = jax.lax.stop_gradient(theta[0] + theta[1] * z)
+        x_s = RF.perturb(made, xi, s)
+        taught = exact.gaussian([mean], 0.25).x_mean(RF, x_s, s * ones)
+        batch = {"x_t": z, "x_s": x_s, "made": made, "taught": taught, "t": ones, "s": s * ones, "cond": {}}
         return sum(quadrature.expected(lambda b, p=p: p.loss(nets(p.role), b, None), batch, jnp.asarray(weights)) for p in players)
 
     # D of the data at s: mean + a / (4 V) (x_s - a mean), V = a^2 / 4 + s^2 = 5/16.
     optimum = jnp.asarray([mean, 0.5, mean - 0.4 * 0.5 * mean, 0.4])
     return loss, optimum, optimum + jnp.asarray([0.1, 0.05, 0.1, 0.1])
+
+
+def parameter_moment_matching():
+    """Data N(0.2, 1/4) in one step and a teacher that knows them, a line of two parameters: the student 0.2 + z / 2."""
+    s = 0.5
+    z, xi = (jnp.asarray(v) for v in np.meshgrid([-1.0, 1.0], [-1.0, 1.0]))  # all moments up to the third are those of noise
+    z, xi = (jnp.tile(v.reshape(-1, 1), (2, 1)) for v in (z, xi))  # the two halves of the batch are the same
+    player, ones = objectives.build("parameter_moment_matching").players[0], jnp.ones(len(z))
+    # D of the data at s: mean + a / (4 V) (x_s - a mean), V = a^2 / 4 + s^2 = 5/16.
+    line = jnp.asarray([0.2 - 0.4 * 0.1, 0.4])
+
+    def loss(theta):
+        x_s = jax.lax.stop_gradient(RF.perturb(theta[0] + theta[1] * z, xi, s))
+        batch = {"x_t": z, "x_s": x_s, "t": ones, "s": s * ones, "cond": {}}
+        of = lambda line: Model(lambda x, t, cond, key: line[0] + line[1] * x, RF, "x")  # noqa: E731
+        nets = {"net": Model(lambda x, t, cond, key: theta[0] + theta[1] * x, RF, "x"), "teacher": of(line).replace(params=line, of=of)}
+        return player.loss(nets, batch, None)[0]
+
+    return loss, jnp.asarray([0.2, 0.5]), jnp.asarray([0.4, 0.8])
 
 
 def inductive_moment_matching():
@@ -566,6 +586,7 @@ CASES = {
     "scm_distillation": lambda: scm("scm_distillation"),
     "scm_training": lambda: scm("scm_training"),
     "moment_matching": moment_matching,
+    "parameter_moment_matching": parameter_moment_matching,
     "inductive_moment_matching": inductive_moment_matching,
     "distribution_matching_gan": distribution_matching_gan,
     "adversarial_distillation": adversarial_distillation,

@@ -10,7 +10,8 @@ from absl import flags
 
 from experiments import study
 from experiments.studies import common, distillation
-from flowjax import exact, objectives
+from experiments.studies.distilling import claims, methods, parts
+from flowjax import exact, objectives, paths
 from flowjax.train import export
 from flowjax.train import settings as settings_lib
 from flowjax.train.assembly import Run
@@ -33,33 +34,108 @@ def test_unknown_studies_are_refused_with_the_valid_ones(argv, monkeypatch, caps
 def test_wasserstein_is_that_of_a_shift_and_of_a_permutation():
     """Shifting points moves each by as much; and the best pairing of a permutation is the permutation."""
     x = np.random.default_rng(0).normal(size=(200, 2))
-    assert distillation.wasserstein(x, x[::-1] + [0.3, 0.4]) == pytest.approx(0.5)
+    assert parts.wasserstein(x, x[::-1] + [0.3, 0.4]) == pytest.approx(0.5)
     mean, cov = np.zeros(2), np.eye(2)
     wide = np.random.default_rng(1).normal(size=(1500, 2)) * 2
     narrow = np.random.default_rng(2).normal(size=(1500, 2))
-    assert distillation.wasserstein(wide, narrow) ** 2 == pytest.approx(exact.wasserstein2_squared(mean, 4 * cov, mean, cov), rel=0.1)
+    assert parts.wasserstein(wide, narrow) ** 2 == pytest.approx(exact.wasserstein2_squared(mean, 4 * cov, mean, cov), rel=0.1)
+
+
+def test_the_rarest_mode():
+    x = np.concatenate([np.tile(mean, (n, 1)) for mean, n in zip(exact.mix4().means, (50, 20, 20, 10))])
+    assert parts.rarest(x + 0.1) == pytest.approx(10)
+
+
+def test_straightness_is_that_of_a_gaussian():
+    """Along its exact trajectories, x_t = std(t) xi; straight lines have none."""
+    at, xi = np.linspace(1, 0, 801), np.random.default_rng(0).normal(size=(50, 3))
+    std = np.sqrt((1 - at) ** 2 / 4 + at**2)
+    of_one = exact.gaussian([0.0], 0.25).straightness(paths.rectified())
+    assert parts.bend(std[:, None, None] * xi, at) == pytest.approx(of_one * (xi**2).mean(), rel=1e-3)
+    assert parts.bend((0.3 + 0.7 * at)[:, None, None] * xi, at) == pytest.approx(0, abs=1e-20)
+
+
+def test_what_couplings_take():
+    """In steps of the teacher, each of which passes a batch three times; guidance doubles it."""
+    part = parts.Digits()
+    assert part.passes(False) == 10_000 * 10 * 4 and part.passes(True) == 2 * part.passes(False)
+
+
+def fabricated(**values):
+    """Measurements of one seed: {"method in steps": ratio}."""
+    found = {}
+    for name, value in values.items():
+        what, _, n = name.rpartition("_")
+        found[what.replace("_", " "), int(n)] = [{"ratio": value, "agreement": 96.0, "precision": 50.0, "recall": 40.0, "coverage": 50.0}]
+    return found
+
+
+def test_published_directions_are_held_against_numbers():
+    part = parts.Digits()
+    found = fabricated(consistency_distillation_1=2.0, consistency_distillation_2=1.0, consistency_training_1=3.0, consistency_training_2=1.5)
+    found |= fabricated(output_distillation_1=2.0, teacher_50=1.0, guidance_distillation_50=1.2, shortcut_4=1.3)
+    said = {row[0].split(" (")[0]: row[1:] for row in claims.directions(part, found, {"teacher": [1.0], "reflow": [0.2], "reflow twice": [0.1]})}
+    assert said["consistency distillation beats consistency training"][1] == "agrees"
+    assert said["reflow straightens"] == ["teacher 1, once 0.2, twice 0.1", "agrees"]
+    assert said["guidance distillation equals two passes within the noise"] == ["two passes 1, one 1.2", "disagrees"]
+    late = said["distillation after reflow beats distillation before it"]
+    assert late == ["not measured: after", ""]
+    found["consistency training", 2] = found["consistency distillation", 1]
+    found["consistency distillation", 2] = found["consistency training", 1]
+    assert {row[0].split(" (")[0]: row[2] for row in claims.directions(part, found, {})}["consistency distillation beats consistency training"] == "disagrees"
+    goals = claims.goals(part, found)
+    assert [row[2] for row in goals] == ["reached", "reached", "not reached"]  # 2 of 2 in one step, 96 %, 1.3 of 1.25 in four
+
+
+def test_the_page_of_a_study(tmp_path, monkeypatch):
+    """Every table, from measurements that were made up."""
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    part = parts.Digits()
+    monkeypatch.setattr(part, "teacher", lambda seed: tmp_path / "teacher")
+    monkeypatch.setattr(part, "measure", lambda workdir, seed, n, *how: {k: float(n + seed) for k in part.measures})
+    monkeypatch.setattr(part, "straightness", lambda workdir, seed: 0.5 + seed)
+    monkeypatch.setattr(part, "speed", lambda workdir, seed, steps, sampler, guidance=None: 1000 / steps)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"config": {"steps": 7}}')
+    study = distillation.Study(part, range(2))
+    study.add("teacher", [methods.always(part, tmp_path / "teacher", "euler")] * 2)
+    spent = [{"budget": 1500.0, "seconds": 60.0, "couplings": False}, {"budget": 500.0, "seconds": None, "couplings": True}]
+    study.add("output distillation", [{1: (tmp_path / "run", "euler")}] * 2, [spent, spent])
+    study.write()
+    text = (tmp_path / "results/distillation_digits.md").read_text()
+    assert "| output distillation | 1.5 ± 0.71 |" in text and "| teacher | 1.5 ± 0.71 | 2.5 ± 0.71 |" in text
+    assert "| output distillation | 7 | 1500 | 500 | 1.0 |  |" in text and "| teacher | 1 ± 0.71 |" in text
+    assert "1000 images/s in one step, 20.0 of the guided teacher in 50: 50 times as many." in text
+    assert "## Published directions" in text and "## Figures to reach" in text and (tmp_path / "results/distillation_digits.png").exists()
 
 
 def test_sliced_wasserstein_is_that_of_a_shift():
     x = np.random.default_rng(0).normal(size=(300, 2))
-    assert distillation.sliced(x, x[::-1] + [0.3, 0.4]) == pytest.approx(0.5 / 2**0.5)
+    assert parts.sliced(x, x[::-1] + [0.3, 0.4]) == pytest.approx(0.5 / 2**0.5)
 
 
-@pytest.mark.parametrize("part", [distillation.Plane, distillation.Digits])
+@pytest.mark.parametrize("part", parts.PARTS.values())
 def test_every_method_asks_for_an_objective_that_there_is(part, monkeypatch):
     """With its settings; nothing is trained."""
     asked, part = [], part()
-    monkeypatch.setattr(distillation, "cost", lambda settings: objectives.build(settings["objective"]) and 1)
-    monkeypatch.setattr(common, "train", lambda name, settings: asked.append(settings_lib.resolve(settings)) or pathlib.Path(name))
+    monkeypatch.setattr(parts, "cost", lambda settings: objectives.build(settings["objective"]) and 1)
+    monkeypatch.setattr(common, "train", lambda name, settings: asked.append((name, settings_lib.resolve(settings))) or pathlib.Path(name))
     monkeypatch.setattr(part, "coupled", lambda *a, **k: {"name": "mix4"})
     monkeypatch.setattr(part, "teacher", lambda seed: pathlib.Path("teacher"))
     monkeypatch.setattr(part, "start", lambda seed: pathlib.Path("start"))
+    monkeypatch.setattr(part, "roles", lambda seed: {})
+    monkeypatch.setattr(part, "own", lambda seed: part.config(seed, batch_size=part.batch, model=part.model))
     flags.FLAGS.mark_as_parsed()
-    for name, method in distillation.METHODS.items():
+    chosen, names = methods.of(part), {}
+    for name, method in chosen.items():
         before, found = len(asked), method(part, 0)
-        assert set(found) <= set(distillation.STEPS) and (not found or len(asked) > before), name
-    kept = [s["ema"]["ema"] for s in asked]
-    assert all(e == {"name": "warmup", "decay": 0.99} for e in kept)  # what a student began as is forgotten
+        assert set(found) <= set(part.steps) and (not found or len(asked) > before), name
+        for workdir, settings in asked[before:]:  # one name, one run: what a later method finds there is what it would train
+            assert names.setdefault(workdir, settings) == settings
+    assert all(s["ema"]["ema"] == {"name": "warmup", "decay": 0.99} for s in names.values())  # what a student began as is forgotten
+    assert not part.only or set(chosen) == set(part.only)
+    assert methods.of(part, ["reflow, then"]).keys() <= {name for name in chosen if name.startswith("reflow, then")}
 
 
 def test_a_player_that_rests_costs_less(tmp_path, monkeypatch):
@@ -70,7 +146,7 @@ def test_a_player_that_rests_costs_less(tmp_path, monkeypatch):
     run = Run(settings)
     export.write(start, jax.device_get(run.fresh().params["net"]), run.info(0, "run"))
     roles = {k: {"checkpoint": str(start)} for k in ("net", "teacher", "fake")}
-    of = lambda pace: distillation.cost(settings | {"objective": {"name": "distribution_matching"}, "ema": {}, "roles": roles | {"net": roles["net"] | {"every": pace}}})  # noqa: E731, E501
+    of = lambda pace: parts.cost(settings | {"objective": {"name": "distribution_matching"}, "ema": {}, "roles": roles | {"net": roles["net"] | {"every": pace}}})  # noqa: E731, E501
     every, fifth, hundredth = of(1), of(5), of(100)
     assert fifth - hundredth == pytest.approx((every - hundredth) * (1 / 5 - 1 / 100) / (1 - 1 / 100)) and hundredth < 0.6 * every
 
@@ -81,11 +157,12 @@ def test_a_student_has_the_compute_it_is_given(tmp_path, monkeypatch):
     flags.FLAGS.mark_as_parsed()
     asked = []
     monkeypatch.setattr(common, "train", lambda name, settings: asked.append((name, settings)) or tmp_path / name)
-    part = distillation.Plane()
+    part = parts.Plane()
     own = {"name": "flow_matching"}
     part.train("own", 0, own, {}, share=0.5)
     exact_teacher = part.teacher(0)
     part.train("cd", 0, {"name": "consistency_distillation"}, {"teacher": exact_teacher}, ema={"target": {"name": "constant", "decay": 0.9}})
+    assert [e["budget"] for e in part.spent] == [1500, 3000] and not any(e["couplings"] for e in part.spent)
     (name, half), (_, taught) = asked[-2:]
     assert name == "distillation/plane/3000/own/0" and half["steps"] == part.budget // 2
     # Three network passes for a step of flow matching; the target's pass makes four, the exact teacher has next to no products.

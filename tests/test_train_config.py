@@ -61,7 +61,7 @@ UNKNOWN = {
     "guidance name": ({"sample": {"guidance": "cgf"}}, "sample.guidance.name = 'cgf' is unknown; valid: .*cfg"),
     "ema": ({"ema": {"ema": {"name": "constant", "rate": 0.9}}}, "ema.ema.rate is unknown; valid: decay, of, snapshot_every"),
     "ema of": ({"ema": {"ema": {"name": "constant", "of": "critic"}}}, "ema.ema.of = 'critic' is not a trained role; valid: net"),
-    "roles": ({"roles": {"teacher": {"checkpoint": "x"}}}, "roles.teacher takes no part in objective .*; valid: net, text, vae"),
+    "roles": ({"roles": {"teacher": {"checkpoint": "x"}}}, "roles.teacher takes no part in objective .*; valid: net, perceptual, text, vae"),
     "roles key": ({"roles": {"net": {"chekpoint": "x"}}}, "roles.net.chekpoint is unknown; valid: checkpoint, weights"),
     "rules": ({"rules": {"mpl": None}}, "rules.mpl is unknown; valid: batch, seq"),
     "rules axis": ({"rules": {"mlp": "model"}}, "no mesh axis 'model'; valid: data, fsdp, tensor"),

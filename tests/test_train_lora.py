@@ -10,6 +10,7 @@ import pytest
 from flax.core import meta
 
 from flowjax.config import ConfigError
+from flowjax.interop import lora as interop
 from flowjax.train import export, loop, lora
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
@@ -277,3 +278,62 @@ def test_runs_that_cannot_be(base, changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         loop.run(config(base, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# --- an adapter with an input that its base has not
+
+LCM = dict(
+    model=DIT | {"guidance_embed": True}, steps=3,
+    objective={"name": "latent_consistency", "steps": 4, "scale_min": 1.0, "scale_max": 3.0},
+    ema={"ema": {"name": "warmup", "decay": 0.9}, "target": {"name": "constant", "decay": 0.9}},
+    sample={"steps": 1, "sampler": "renoise", "count": 4, "guidance": {"name": "embedded", "scale": 2.0}},
+)  # fmt: skip
+
+
+def latent_consistency(base, **changes):
+    net = config(base, dora=False).roles.net.to_dict() | {"lora": {"pattern": "kernel$", "rank": 2}}
+    return config(base, **(LCM | {"roles": {"net": net, "teacher": {"checkpoint": str(base)}}} | changes))
+
+
+@pytest.fixture(scope="module")
+def lcm(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lcm") / "run"
+    train(latent_consistency(base), workdir)
+    return workdir
+
+
+def test_an_adapter_holds_what_its_base_has_not(base, lcm, tmp_path):
+    """LCM-LoRA: the embedding of the scale is trained whole and saved with the adapter, which alone finds its base."""
+    info = export.info_of(lcm)
+    assert info["lora"]["added"] == ["g_embed"] and "net, not in its checkpoint" in json.loads((lcm / "card.json").read_text())["parameters"]
+    role, params, _ = export.load(lcm)
+    its, tree, _ = export.stored(lcm)
+    assert {k.partition("/")[0] for k in lora.added(tree)} == {"g_embed"} and not any(k.startswith("g_embed") for k in lora.parts(tree))
+    same(params["g_embed"], tree["g_embed"])
+    assert all(v.any() for k, v in lora.added(tree).items() if k.endswith("kernel"))  # the last was zero
+    base_params = export.load(base)[1]
+    same(merged(base_params, its.lora, tree), params)
+    assert params.keys() == base_params.keys() | {"g_embed"}
+    net, x = role.net(params), np.ones((2, 8, 8, 1), np.float32)
+    one, two = (net(x, 0.5, {"label": np.zeros(2, np.int32), "guidance": np.full(2, w, np.float32)}) for w in (1.0, 3.0))
+    assert (np.asarray(one) != np.asarray(two)).any()
+    export.export(lcm, tmp_path / "alone", adapter=True)
+    export.export(lcm, tmp_path / "merged")
+    for name in ("alone", "merged"):
+        same(export.load(tmp_path / name)[1], params)
+    # Neither files of others nor a base without the input have room for it.
+    with pytest.raises(ConfigError, match="g_embed/.*, which the adapter holds whole, cannot be expressed in the layout of kohya"):
+        interop.to_file(role.module, base_params, tree, its.lora, "kohya")
+    with pytest.raises(ConfigError, match="--lora=a brings g_embed along"):
+        export.adapted(*export.load(base), [("a", tree, its.lora, info, 1.0)])
+
+
+def test_such_a_run_begins_as_its_base_and_resumes(base, lcm, tmp_path):
+    this = Run(latent_consistency(base))
+    state, params = this.fresh(), export.load(base)[1]
+    same({k: v for k, v in this.whole("net", state.params["net"]).items() if k != "g_embed"}, params)
+    assert train(latent_consistency(base), tmp_path / "parts", stop_at=2)[0] == 2
+    train(latent_consistency(base), tmp_path / "parts")
+    assert stored(lcm, 3)["fingerprints"] == stored(tmp_path / "parts", 3)["fingerprints"]
+    with pytest.raises(ConfigError, match="added is unknown; valid: pattern, rank, alpha, dora"):
+        lora.build({"pattern": "q", "rank": 1, "added": ["g_embed"]}, "roles.net.lora")

@@ -12,8 +12,10 @@ import numpy as np
 from absl import flags
 
 RUNS = flags.DEFINE_string("runs", "runs/studies", "Where trained runs are kept.")
+DATA = flags.DEFINE_string("data", "", "The prepared data set of a study that needs one; by default data/ and its name.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "How many seeds.", lower_bound=1)
 HERE = pathlib.Path(__file__).parent
+_finished: dict[str, str] = {}  # settings of the runs that this process has seen whole
 
 
 def config(name: str, arg: str = "", **changes) -> dict:
@@ -34,9 +36,11 @@ def train(name: str, settings: dict) -> pathlib.Path:
     """
     from flowjax.train import loop
 
-    workdir = pathlib.Path(RUNS.value) / name
-    if loop.run(settings, workdir) < settings["steps"]:
-        raise SystemExit(f"stopped on request in {workdir}; the same command goes on")
+    workdir, told = pathlib.Path(RUNS.value) / name, json.dumps(settings, sort_keys=True, default=str)
+    if _finished.get(str(workdir)) != told:  # finding out takes seconds, and studies ask for the same run many times
+        if loop.run(settings, workdir) < settings["steps"]:
+            raise SystemExit(f"stopped on request in {workdir}; the same command goes on")
+        _finished[str(workdir)] = told
     return workdir
 
 
@@ -44,13 +48,13 @@ def train(name: str, settings: dict) -> pathlib.Path:
 def _generator(workdir, weights, steps, sampler, guidance):
     from flowjax.train import generator
 
-    section = "none" if guidance is None else {"name": "cfg", "scale": guidance}
-    return generator.load(workdir, weights, {"steps": steps, "sampler": sampler, "guidance": section})
+    return generator.load(workdir, weights, {"steps": steps, "sampler": sampler, "guidance": json.loads(guidance)})
 
 
 def draw(workdir, cond, count, *, weights="ema", steps=25, sampler="heun", guidance=None, seed=0):
-    """(count, ...) samples for cond, {"label": (count,)} or {}; guidance is a scale of classifier-free guidance or None."""
-    return _generator(workdir, weights, steps, sampler, guidance)(cond, count, seed)
+    """(count, ...) samples for cond, {"label": (count,)} or {}; guidance is a scale of classifier-free guidance, a section or None."""
+    section = "none" if guidance is None else guidance if isinstance(guidance, dict) else {"name": "cfg", "scale": guidance}
+    return _generator(workdir, weights, steps, sampler, json.dumps(section, sort_keys=True))(cond, count, seed)
 
 
 def samples(workdir, labels, **options):
@@ -82,19 +86,27 @@ def measure(workdir, *, count=1000, metrics=("frechet", "agreement", "memorisati
     from flowjax.evals.evaluate import evaluate
     from flowjax.train import export
 
-    workdir = pathlib.Path(workdir)
+    def made():
+        info = export.info_of(workdir)
+        labels = protocol.labels(count, 10, "balanced", seed)
+        x = samples(workdir, labels, seed=seed, **options)
+        real = _real(json.dumps(data or info["config"]["data"], sort_keys=True))
+        return evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed})
+
     key = {"count": count, "metrics": list(metrics), "features": list(features), "seed": seed, **options}
-    file = workdir / "study" / f"{protocol.digest(key)}.json"
-    if file.exists():
-        return json.loads(file.read_text())["results"]
-    info = export.info_of(workdir)
-    labels = protocol.labels(count, 10, "balanced", seed)
-    x = samples(workdir, labels, seed=seed, **options)
-    real = _real(json.dumps(data or info["config"]["data"], sort_keys=True))
-    results = evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed})
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({"key": key, "results": results}, indent=1))
-    return results
+    return kept(workdir, key, made)
+
+
+def kept(workdir, key: dict, make) -> dict:
+    """make(), stored under <workdir>/study by its key and read back the next time."""
+    from flowjax.evals import protocol
+
+    file = pathlib.Path(workdir) / "study" / f"{protocol.digest(key)}.json"
+    if not file.exists():
+        results = make()
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"key": key, "results": results}, indent=1))
+    return json.loads(file.read_text())["results"]
 
 
 def real(workdir) -> dict:

@@ -6,13 +6,14 @@ The judge is a pair of towers trained contrastively on the same images with a se
 of the training and of the held-out split, stands beside what it makes of generated ones.
 """
 
+import functools
+
 import numpy as np
 from absl import flags
 
 from experiments.studies import common
 from flowjax.train import runtime
 
-DATA = flags.DEFINE_string("data", "data/emoji", "The prepared data set, with tokenizer.json.")
 COUNT = flags.DEFINE_integer("captions", 100, "Captions to choose among, each asked for once.", lower_bound=2)
 SCALES = (1.0, 2.0, 3.0, 5.0)
 PROMPTS = ("heavy black heart", "cat face", "rainbow", "slice of pizza", "grinning face", "woman", "woman with dark skin tone", "rabbit face")
@@ -26,18 +27,49 @@ def distinct(part, count: int, seed: int):
     return part["x"][chosen], part["cond"]["tokens"][chosen], [part["caption"][i] for i in chosen]
 
 
+def data() -> str:
+    """Where the prepared data set lies, with tokenizer.json."""
+    return common.DATA.value or "data/emoji"
+
+
+def teacher(seed: int):
+    """A finished run of configs/emoji_pixel.py."""
+    return common.train(f"emoji_pixel/{seed}", common.config("emoji_pixel", data(), seed=seed))
+
+
+@functools.cache
+def judge():
+    """The two towers."""
+    from flowjax.train import export
+
+    role, params, _ = export.load(common.train("emoji_clip", common.config("emoji_clip", data())))
+    return role.net(params)
+
+
+def score(x, tokens) -> float:
+    """How often, in percent, the judge finds the right caption of an image among all of them."""
+    from flowjax.evals import retrieval
+
+    return 100 * retrieval.retrieval(retrieval.similarities(judge(), x, tokens))
+
+
+def scores(workdir, section, *, seed: int, **options) -> dict:
+    """{split: score} of what a network makes of captions of both splits; options as common.draw has them."""
+    from flowjax.data.pipeline import arrays
+
+    found = {}
+    for split in ("train", "test"):
+        _, tokens, _ = distinct(arrays(section, split), COUNT.value, seed)
+        found[split] = score(np.clip(common.draw(workdir, {"tokens": tokens}, len(tokens), seed=seed, **options), -1, 1), tokens)
+    return found
+
+
 def main():
     runtime.setup()
     from flowjax.data.pipeline import arrays
-    from flowjax.evals import retrieval
     from flowjax.train import export, generator, pictures
 
-    judge_dir = common.train("emoji_clip", common.config("emoji_clip", DATA.value))
-    role, params, _ = export.load(judge_dir)
-    judge = role.net(params)
-    score = lambda x, tokens: 100 * retrieval.retrieval(retrieval.similarities(judge, x, tokens))  # noqa: E731
-
-    runs = [common.train(f"emoji_pixel/{seed}", common.config("emoji_pixel", DATA.value, seed=seed)) for seed in range(common.SEEDS.value)]
+    runs = [teacher(seed) for seed in range(common.SEEDS.value)]
     section = export.info_of(runs[0])["config"]["data"]
     splits = {name: arrays(section, name) for name in ("train", "test")}
     rows = []

@@ -3,13 +3,38 @@
     python -m experiments.study mnist --data=data/mnist      (made by tools.prepare_data)
 """
 
-from absl import flags
+import functools
+import pathlib
 
 from experiments.studies import common
 from flowjax.train import runtime
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
-DATA = flags.DEFINE_string("data", "data/mnist", "The prepared data set.")
+
+
+def data() -> str:
+    """Where the prepared data set lies."""
+    return common.DATA.value or "data/mnist"
+
+
+@functools.cache
+def autoencoder() -> pathlib.Path:
+    """An export of the autoencoder, with the statistics of its latents."""
+    from flowjax.data.pipeline import pipeline
+    from flowjax.train import export
+
+    workdir = common.train("mnist_vae", common.config("mnist_vae", data(), seed=0))
+    out = workdir / "export"
+    if not (out / "config.json").exists():
+        role, params, info = export.load(workdir)
+        stream = pipeline(info["config"]["data"], 250, 0)
+        export.export(workdir, out, latents=export.measure_latents(role, params, (next(stream)["x"] for _ in range(80))))
+    return out
+
+
+def teacher(seed: int):
+    """A finished run of configs/mnist_latent.py."""
+    return common.train(f"mnist_latent/{seed}", common.config("mnist_latent", data(), seed=seed, roles={"vae": {"checkpoint": str(autoencoder())}}))
 
 
 def main():
@@ -18,14 +43,7 @@ def main():
     from flowjax.evals import image
     from flowjax.train import export, generator
 
-    workdir = common.train("mnist_vae", common.config("mnist_vae", DATA.value, seed=0))
-    out = workdir / "export"
-    if not (out / "config.json").exists():
-        from flowjax.data.pipeline import pipeline
-
-        role, params, info = export.load(workdir)
-        stream = pipeline(info["config"]["data"], 250, 0)
-        export.export(workdir, out, latents=export.measure_latents(role, params, (next(stream)["x"] for _ in range(80))))
+    out = autoencoder()
     role, params, info = export.load(out)
     held_out = arrays(info["config"]["data"], "test", limit=2000)["x"]
     quality = image.reconstruction(generator.reconstructions(role, params, held_out, 250), held_out)
@@ -34,8 +52,7 @@ def main():
     for name, guidance in (("no guidance", None), *((f"guidance {w}", w) for w in SCALES)):
         results = []
         for seed in range(common.SEEDS.value):
-            settings = common.config("mnist_latent", DATA.value, seed=seed, roles={"vae": {"checkpoint": str(out)}})
-            latent = common.train(f"mnist_latent/{seed}", settings)
+            latent = teacher(seed)
             results.append(common.measure(latent, seed=seed, count=1000, features=("pca",), metrics=("frechet", "agreement"), guidance=guidance))
         rows.append([
             name, common.spread([100 * r["agreement"]["agreement"] for r in results]),

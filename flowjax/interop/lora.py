@@ -32,7 +32,7 @@ from flowjax.models.flux import Flux
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.unet import UNet
 from flowjax.train import files as paths
-from flowjax.train.lora import Lora, parts
+from flowjax.train.lora import Lora, added, parts
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PATCHES = "x_embed/kernel"
@@ -297,6 +297,8 @@ def to_file(net, params, adapter, lora: Lora, layout: str) -> tuple[dict[str, np
     ConfigError names what has no counterpart there.
     """
     lookup(LEAVES, layout, "layout")
+    if whole := sorted(added(adapter)):
+        raise ConfigError(f"{', '.join(whole[:2])}, which the adapter holds whole, cannot be expressed in the layout of {layout}; choose flowjax")
     names = _names(net)
     host = lambda tree: jax.tree.map(np.asarray, tree)  # noqa: E731
     base = traverse_util.flatten_dict(_unrolled(net, host(params)), sep="/")

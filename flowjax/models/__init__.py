@@ -84,4 +84,5 @@ def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Ca
     # Without a condition there is nothing to drop and nothing to guide by: None makes both an error instead of no effect.
     null = module.null if getattr(module, "has_null", True) else None
     takes = {k: getattr(module, k, False) for k in ("guidance_embed", "step_embed")}
-    return Model(apply, path, prediction, null, project=project, **takes)
+    of = lambda params: denoiser(module, params, path, prediction, scaling)  # noqa: E731
+    return Model(apply, path, prediction, null, project=project, params=params, of=of, **takes)

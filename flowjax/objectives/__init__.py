@@ -34,6 +34,7 @@ OBJECTIVES: dict[str, Objective] = {
     "distribution_matching_gan": dmd.GAN,
     "adversarial_distillation": add.OBJECTIVE,
     "moment_matching": moment.OBJECTIVE,
+    "parameter_moment_matching": moment.PARAMETERS,
     "inductive_moment_matching": imm.OBJECTIVE,
     "meanflow": flow_map.MEANFLOW,
     "shortcut": flow_map.SHORTCUT,

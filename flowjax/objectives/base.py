@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax.config import ConfigError
+from flowjax.models import perceptual
 from flowjax.paths import Path, expand
 
 # Arguments that the train step supplies; every other argument of a loss or rollout is a setting.
@@ -50,6 +51,19 @@ class Objective(NamedTuple):
 def mean_dims(x):
     """Mean over all axes but the first: (B, ...) -> (B,), in float32."""
     return jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=tuple(range(1, x.ndim)))
+
+
+def perceptual_error(nets, weight: float, x, x_hat):
+    """(weight d(x, x_hat) (B,), its metrics) in the features of roles.perceptual, (0, {}) without one; ConfigError where only one of
+    objective.perceptual_weight and roles.perceptual is there, or the network has no features to compare."""
+    if bool(weight) != ("perceptual" in nets):
+        raise ConfigError(f"objective.perceptual_weight = {weight} and roles.perceptual go together: both or neither")
+    if not weight:
+        return 0.0, {}
+    if not hasattr(nets["perceptual"], "feature_maps"):
+        raise ConfigError("roles.perceptual: this network has no feature maps; valid: lpips, classifier")
+    d = perceptual.distance(nets["perceptual"], x, x_hat)
+    return weight * d, {"perceptual": jnp.mean(d)}
 
 
 def same_meaning(found, wanted, where: str, what=("path", "prediction")):

@@ -58,12 +58,15 @@ def meanflow_rollout(nets, batch, key, *, time="uniform", same: float = 0.75, la
     return {**batch, "t": t, "dropped": dropped, "cond": {**cond, "step": step}}
 
 
-def meanflow_loss(nets, batch, key, *, scale: float = 1.0, mix: float = 0.0, power: float = 1.0, offset: float = 0.01):
-    """MeanFlow's loss. power, offset: p and c. Metrics: the mean square per dimension where the step is 0 (`flow`) and where not (`map`)."""
+def meanflow_loss(nets, batch, key, *, scale: float = 1.0, mix: float = 0.0, power: float = 1.0, offset: float = 0.01, tangent=(0.0, 1.0)):
+    """MeanFlow's loss. power, offset: p and c. tangent: of r and t beside v of x_t, whose right one is (0, 1); the others are for the paper's
+    ablation (table 1b), which shows that they do not work. Metrics: the mean square per dimension where the step is 0 (`flow`) and where not (`map`)."""
     net, t, cond = nets["net"], batch["t"], batch["cond"]
     step = cond["step"]
     x_t = flow_matching.noisy(net, batch)
     v = pair = predictions.target(net.path, "velocity", batch["x"], batch["z"], t)
+    if len(tangent) != 2:
+        raise ConfigError(f"objective.tangent = {tangent} should be two numbers, of r and of t")
     if scale != 1 or mix != 0:
         if net.null is None:
             raise ConfigError("objective.scale and mix guide by a null condition, which this network does not have")
@@ -75,7 +78,8 @@ def meanflow_loss(nets, batch, key, *, scale: float = 1.0, mix: float = 0.0, pow
     def u(x_t, t, step):
         return net(x_t, t, {**cond, "step": step}, key)
 
-    value, rate = jax.jvp(u, (x_t, t, step), (v, jnp.ones_like(t), jnp.ones_like(step)))
+    by_r, by_t = tangent
+    value, rate = jax.jvp(u, (x_t, t, step), (v, jnp.full_like(t, by_t), jnp.full_like(step, by_t - by_r)))
     error = jnp.square(value - jax.lax.stop_gradient(v - expand(step, v) * rate))
     total = mean_dims(error) * error[0].size
     weight = jax.lax.stop_gradient((total + offset) ** -power) if power else 1.0

@@ -6,7 +6,10 @@ Notation map: ours is t = 0 data, t = 1 noise; the first two papers run time the
     t ~ p(t),  z ~ N(0, I),  x_t = a x + b z,  y = c x + d z,    L = E omega(t) mean_dims ||net(x_t, t) - y||^2
 
 On couplings, data that bring along the z which a network made each x from (tools.make_couplings), this is reflow (2209.03003),
-and at t = 1 alone (time "steps") the distillation of a one-step student (2101.02388; InstaFlow 2309.06380).
+and at t = 1 alone (time "steps") the distillation of a one-step student (2101.02388; InstaFlow 2309.06380). InstaFlow's second stage
+compares the x of the pair with the network's in the features of a frozen network (role "perceptual", optional):
+
+    L = E [ squares omega(t) mean_dims ||net(x_t, t) - y||^2 + perceptual_weight d(x, x_hat(x_t, t)) ]
 
 With `prior` on a mixture that marks rows (data.prior) it is DreamBooth's loss with prior preservation (2208.12242):
 the mean over the few images of a subject plus `prior` times the mean over images of its class, which the network made before.
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 
 from flowjax import predictions, times, weights
 from flowjax.config import ConfigError, keywords
-from flowjax.objectives.base import Objective, Player, drop_condition, mean_dims
+from flowjax.objectives.base import Objective, Player, drop_condition, mean_dims, perceptual_error
 
 
 def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0, prior: float = None):
@@ -29,6 +32,8 @@ def rollout(nets, batch, key, *, time="uniform", label_drop: float = 0.0, prior:
     net = nets["net"]
     key_t, key_z, key_drop = jax.random.split(key, 3)
     x = batch["x"]
+    if "perceptual" in nets and "z" not in batch:
+        raise ConfigError("roles.perceptual compares what is made of a noise with what should be: the data should be couplings (tools.make_couplings)")
     if "z" in batch and batch["z"].shape != x.shape:
         raise ConfigError(f"the couplings' noise has shape {batch['z'].shape[1:]} and what the network sees {x.shape[1:]}: they were made in another space")
     return {
@@ -49,10 +54,19 @@ def shares(marked, prior: float):
     return marked.size * jnp.where(marked, prior / jnp.maximum(count, 1), 1 / jnp.maximum(marked.size - count, 1))
 
 
-def loss(nets, batch, key, *, weight="none"):
-    """Weighted regression; `weight` is a section of flowjax.weights. Metric `mse` is unweighted."""
-    net = nets["net"]
-    return regression(net, batch, net(noisy(net, batch), batch["t"], batch["cond"], key), weight)
+def loss(nets, batch, key, *, weight="none", perceptual_weight: float = 0.0, squares: float = 1.0):
+    """Weighted regression; `weight` is a section of flowjax.weights. Metric `mse` is unweighted.
+
+    perceptual_weight, squares: of the distance by roles.perceptual, and of the regression beside it.
+    """
+    net, x_t = nets["net"], noisy(nets["net"], batch)
+    output = net(x_t, batch["t"], batch["cond"], key)
+    value, metrics = regression(net, batch, output, weight)
+    if squares != 1 and not perceptual_weight:
+        raise ConfigError(f"objective.squares = {squares} weighs the regression beside objective.perceptual_weight, which is 0")
+    x_hat = predictions.convert(net.path, net.prediction, "x", output, x_t, batch["t"]) if perceptual_weight else output
+    seen, said = perceptual_error(nets, perceptual_weight, batch["x"], x_hat)
+    return squares * value + jnp.mean(batch.get("share", 1.0) * seen), metrics | said
 
 
 def noisy(net, batch):
@@ -73,4 +87,4 @@ def weighted(net, t, output, y, weight, share=1.0):
     return jnp.mean(share * omega * error), {"mse": jnp.mean(error)}
 
 
-OBJECTIVE = Objective({"net": "trained"}, (Player("net", loss),), rollout, coupled=True)
+OBJECTIVE = Objective({"net": "trained", "perceptual": "optional"}, (Player("net", loss),), rollout, coupled=True)

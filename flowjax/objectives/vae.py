@@ -23,10 +23,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from flowjax.config import ConfigError, lookup
-from flowjax.models import perceptual
 from flowjax.models.vae import kl
 from flowjax.objectives.adversarial import adversary, judging
-from flowjax.objectives.base import Objective, Player, mean_dims
+from flowjax.objectives.base import Objective, Player, mean_dims, perceptual_error
 
 RECONSTRUCTIONS = {"l1": jnp.abs, "l2": jnp.square}
 
@@ -47,14 +46,8 @@ def errors(nets, x, x_hat, reconstruction: str, perceptual_weight: float):
     """(sum over dimensions of the reconstruction error / dimensions (B,), metrics)."""
     rec = mean_dims(lookup(RECONSTRUCTIONS, reconstruction, "objective.reconstruction")(x - x_hat))
     metrics = {"reconstruction": jnp.mean(rec)}
-    if bool(perceptual_weight) != ("perceptual" in nets):
-        raise ConfigError(f"objective.perceptual_weight = {perceptual_weight} and roles.perceptual go together: both or neither")
-    if perceptual_weight:
-        if not hasattr(nets["perceptual"], "feature_maps"):
-            raise ConfigError("roles.perceptual: this network has no feature maps; valid: lpips, classifier")
-        d = perceptual.distance(nets["perceptual"], x, x_hat)
-        rec, metrics["perceptual"] = rec + perceptual_weight * d, jnp.mean(d)
-    return rec, metrics
+    seen, said = perceptual_error(nets, perceptual_weight, x, x_hat)
+    return rec + seen, metrics | said
 
 
 def loss(nets, batch, key, *, reconstruction: str = "l1", kl_weight: float = 1e-6, perceptual_weight: float = 0.0, sample: bool = True):

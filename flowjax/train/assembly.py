@@ -68,7 +68,8 @@ def build_roles(config, objective):
                 same_meaning(saved, roles[name], where, ("path", "prediction", "scaling"))
                 loaded[name] = params, info
             if section.get("lora") is not None:
-                roles[name] = dataclasses.replace(roles[name], lora=lora.build(section["lora"], f"roles.{name}.lora"))
+                added = [k for k in layers.ADDED if k not in loaded[name][0]]
+                roles[name] = dataclasses.replace(roles[name], lora=lora.build(section["lora"], f"roles.{name}.lora", added))
     return roles, loaded
 
 
@@ -171,6 +172,9 @@ class Run:
 
     def _check_teachers(self):
         """ConfigError where a frozen denoiser, of which the trained one learns, was made for other examples or conditions."""
+        if "perceptual" in self.loaded and (seen := self.loaded["perceptual"][1].get("shape")):
+            if seen[-1] != (mine := self.example[0].shape[-1]):
+                raise ConfigError(f"roles.perceptual looks at {seen[-1]} channels, and the examples of this run have {mine}")
         asked = {k for k, v in self.objective.roles.items() if v in ("frozen", "optional")}
         teachers = [k for k, r in self.roles.items() if k in asked and r.module.kind == "denoiser"]
         if not teachers:
@@ -313,8 +317,9 @@ class Run:
         for name in self.trained:
             if self.roles[name].lora is not None:  # what is adapted lies where it would lie if it were trained
                 base, at = self.loaded[name][0], sharding.param_specs(whole[name], self.mesh, self.rules)
-                same_shapes(base, meta.unbox(whole[name]), f"roles.{name}.checkpoint")
-                self.frozen[name] = jax.tree.map(put, base, at)
+                held = self.roles[name].lora.held
+                same_shapes(base, held(meta.unbox(whole[name])), f"roles.{name}.checkpoint")
+                self.frozen[name] = jax.tree.map(put, base, held(at))
                 merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
                 self._merge[name] = jax.jit(merge, out_shardings=at)
 
@@ -325,14 +330,15 @@ class Run:
     @property
     def network(self):
         """Shapes and places of all parameters of the role "net"."""
-        return self.frozen["net"] if "net" in self._merge else self.target.params["net"]
+        own = self.target.params["net"]
+        return self.frozen["net"] | {k: own[k] for k in self._added("net")} if "net" in self._merge else own
 
     def _added(self, name: str) -> tuple[str, ...]:
         """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
-        if name in self._merge:
-            return ()
         found, wanted = self.loaded[name][0], self.target.params[name]
-        added = tuple(k for k in (layers.GUIDANCE, layers.STEP, layers.PROJECTOR) if k in wanted and k not in found)
+        added = tuple(k for k in layers.ADDED if k in wanted and k not in found)
+        if name in self._merge:
+            return added
         same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
         return added
 
@@ -474,7 +480,8 @@ class Run:
         """What is needed to load the adapter of "net": its settings, and its base with a hash of that."""
         section = self.config["roles"]["net"]
         base = {k: section[k] for k in ("checkpoint", "weights")}
-        return {**section["lora"], "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
+        whole = {"added": list(added)} if (added := self._added("net")) else {}
+        return {**section["lora"], **whole, "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
 
     def fingerprints(self):
         """{frozen role: hash of its parameters}: a resumed run must meet the same teachers."""

@@ -60,7 +60,8 @@ def role_of(info: dict, where: str):
     role = build_role(*sections, f"{where}.model", info.get("latents"), info.get("input_scaling", "none"))
     if not info.get("lora"):
         return role
-    return dataclasses.replace(role, lora=lora.build({k: v for k, v in info["lora"].items() if k != "base"}, f"{where}.lora"))
+    section = {k: v for k, v in info["lora"].items() if k not in ("base", "added")}
+    return dataclasses.replace(role, lora=lora.build(section, f"{where}.lora", info["lora"].get("added", ())))
 
 
 def abstract(role, info: dict):

@@ -12,6 +12,9 @@ An adapter is a tree like the network's own, with {"down", "up"[, "magnitude"]} 
 adds it to the frozen base within the train step. So no network has to know of adapters, what is sampled is what was trained,
 and a kernel's gradient exists for a moment before it becomes those of A and B; what is spared is the optimizer's state, the
 averages and most of a checkpoint.
+
+Where the network takes an input that its base does not know, such as LCM's scale of guidance, the parameters of that input
+(layers.ADDED) are trained whole and stored in the adapter, as they are and where they are.
 """
 
 import dataclasses
@@ -26,18 +29,20 @@ from flax.core import meta
 
 from flowjax.config import ConfigError, check
 
+LEAVES = ("down", "up", "magnitude")
 LEAST = 1e-30  # of a squared norm: an output whose kernel is zero has no direction, and begins with that of D
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
     """pattern: regular expression that finds the paths of the adapted kernels; rank r; alpha: 0 stands for r; dora: with
-    magnitudes."""
+    magnitudes; added: what the base may lack and does, which the adapter holds whole where the network has it."""
 
     pattern: str
     rank: int
     alpha: float = 0.0
     dora: bool = False
+    added: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -64,10 +69,14 @@ class Lora:
                 found["magnitude"] = jnp.zeros((*shape[:lead], shape[-1])), (*names[:lead], names[-1])
             for name, (value, axes) in found.items():
                 made[f"{path}/{name}"] = leaf.replace(value=value, names=axes) if isinstance(leaf, meta.Partitioned) else value
-        return traverse_util.unflatten_dict(made, sep="/")
+        return traverse_util.unflatten_dict(made, sep="/") | {k: boxed[k] for k in self.added if k in boxed}
+
+    def held(self, tree):
+        """What of a network's parameters its base has."""
+        return {k: v for k, v in tree.items() if k not in self.added}
 
     def _kernels(self, boxed, where):
-        flat = traverse_util.flatten_dict(boxed, sep="/")
+        flat = traverse_util.flatten_dict(self.held(boxed), sep="/")
         kernels = sorted(k for k in flat if k.rpartition("/")[2] == "kernel")
         found = sorted(k for k in flat if re.search(self.pattern, k))
         some = ", ".join(kernels[:12]) + (f" ... and {len(kernels) - 12} more" if len(kernels) > 12 else "")
@@ -79,11 +88,11 @@ class Lora:
         return {k: flat[k] for k in found}
 
 
-def build(section, where: str) -> Lora:
+def build(section, where: str, added: Iterable[str] = ()) -> Lora:
     """The Lora that a section {"pattern", "rank"[, "alpha", "dora"]} describes."""
     if not isinstance(section, Mapping):
         raise ConfigError(f"{where} = {section!r} should be a section: {{'pattern': ..., 'rank': ...}}")
-    made = Lora(**check(Lora, section, where))
+    made = Lora(**check(Lora, section, where, ("added",)), added=tuple(added))
     if made.rank < 1 or made.alpha < 0:
         raise ConfigError(f"{where}: rank = {made.rank} should be at least 1 and alpha = {made.alpha} not negative")
     try:
@@ -98,8 +107,14 @@ def parts(adapter) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for path, leaf in traverse_util.flatten_dict(adapter, sep="/").items():
         kernel, _, name = path.rpartition("/")
-        found.setdefault(kernel, {})[name] = leaf
+        if name in LEAVES:
+            found.setdefault(kernel, {})[name] = leaf
     return found
+
+
+def added(adapter) -> dict:
+    """{path: leaf} of the parameters that it holds whole."""
+    return {k: v for k, v in traverse_util.flatten_dict(adapter, sep="/").items() if k.rpartition("/")[2] not in LEAVES}
 
 
 def change(kernel, part, scale: float):
@@ -122,18 +137,22 @@ def merge(params, adapters: Iterable[tuple]):
     """The parameters with adapters (tree, scale, weight) added to them: W0 + sum of weight (W_i - W0), each W_i as if it were
     alone.
 
-    Kernels that no adapter names are passed on untouched, and with up = 0 and magnitude = 0 all are bitwise what they were.
+    Kernels that no adapter names are passed on untouched, and with up = 0 and magnitude = 0 all are bitwise what they were. What an
+    adapter holds whole is put beside them.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     merged = dict(flat)
     for adapter, scale, weight in adapters:
         for path, part in parts(adapter).items():
             merged[path] = merged[path] + weight * change(flat[path], part, scale)
+        merged |= added(adapter)
     return traverse_util.unflatten_dict(merged, sep="/")
 
 
 def check_fit(params, adapter, where: str):
-    """ConfigError unless every part of the adapter has a kernel of its shape among the parameters."""
+    """ConfigError unless every part of the adapter has a kernel of its shape among the parameters, and it brings no others along."""
+    if whole := sorted({k.partition("/")[0] for k in added(adapter)}):
+        raise ConfigError(f"{where} brings {', '.join(whole)} along, inputs of a network that its base is not: sample the adapter's own checkpoint")
     flat = traverse_util.flatten_dict(params, sep="/")
     for path, part in parts(adapter).items():
         down, up = part["down"].shape, part["up"].shape
