@@ -151,7 +151,9 @@ def test_an_unrolled_loop_turns_less_often_than_its_bound():
   %i = s32[] get-tuple-element(%p), index=0
   %one = s32[] constant(1)
   %i1 = s32[] add(%i, %one)
-  %i2 = s32[] add(%i1, %one)
+  %i1c = s32[] copy(%i1)
+  %i2a = s32[] add(%i1c, %one)
+  %i2 = s32[] copy(%i2a)
 """
     body, cond = "%p = (s32[], bf16[72,64]{1,0}) parameter(0)\n", "%c = s32[]{:T(128)} constant(28)"
     head, tail = TPU.split("%cond (p")

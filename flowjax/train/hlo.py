@@ -126,7 +126,10 @@ def _trip_count(rest, condition, body, bodies, roots) -> int:
         return bound
     lines = {name: (opcode, text) for name, _, opcode, text in bodies[body]}
     name, step = _names(roots[body][3])[compared[0]], 0
-    while lines.get(name, ("",))[0] == "add":
+    while lines.get(name, ("",))[0] in ("add", "copy"):
+        if lines[name][0] == "copy":  # the compiler moves even counters about
+            name = _names(lines[name][1])[0]
+            continue
         added = [n for n in _names(lines[name][1])[:2] if lines.get(n, ("",))[0] == "constant"]
         others = [n for n in _names(lines[name][1])[:2] if n not in added]
         if len(added) != 1:
