@@ -220,7 +220,7 @@ def advice(found: dict, config, chip) -> list[str]:
         lines.append(f"config.mesh.fsdp = {mesh['fsdp']} does not divide every kernel; of its divisors {', '.join(map(str, able)) or 'only 1'} would")
     if chip and smaller and found.get("reduced whole") and mesh["fsdp"] == found.get("devices"):
         lines.append(
-            "XLA's TPU compiler makes a whole all-reduce of a reduce-scatter over all chips of a square slice, whoever writes it: with "
+            "XLA's TPU compiler makes a whole all-reduce of a reduce-scatter over all chips of a 4x4, 8x8 or 4x4x4 slice, whoever writes it: with "
             f"config.mesh.fsdp = {smaller[-1]} or less, and data = -1, devices exchange only the parts that they keep"
         )
     return lines
