@@ -319,7 +319,8 @@ class Slot:
             import pytest
 
             assert pathlib.Path(importlib.util.find_spec("flowjax").origin).is_relative_to(self.root), "another flowjax is in the way"
-            options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=line", "-k", only, *(["-x"] if stop_early else [])]
+            options = ["-q", "-m", "not slow", "-k", only, "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=line"]
+            options += ["-x"] * stop_early
             code = int(pytest.main([*options, *tests], plugins=[Order(self.out, **order)]))
         os._exit(code)
 
