@@ -11,13 +11,13 @@
 "one:" before the directory trains at t = 1 alone. The couplings are guided, the networks are not guided again. A smaller student, which can
 begin as no other network, learns from the same couplings (output distillation, 2101.02388):
 
-    python -m experiments.train --config=configs/digits_reflow.py:one:data/digits_1 --workdir=runs/digits_half \
+    python -m experiments.train --config=configs/digits_reflow.py:one:data/digits_1 --workdir=runs/digits_half \\
         --config.model.width=48 --config.roles.net.checkpoint=
 
 and "perceptual:" is InstaFlow's second stage, which compares images in the features of a network, here a classifier's:
 
     python -m experiments.train --config=configs/digits_classifier.py:clean --workdir=runs/clean
-    python -m experiments.train --config=configs/digits_reflow.py:perceptual:data/digits_2 --workdir=runs/digits_perceptual \
+    python -m experiments.train --config=configs/digits_reflow.py:perceptual:data/digits_2 --workdir=runs/digits_perceptual \\
         --config.roles.net.checkpoint=runs/digits_one
 """
 
