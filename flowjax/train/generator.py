@@ -12,7 +12,7 @@ from flowjax.train import export
 
 
 class Generator(NamedTuple):
-    """Call it for samples; `info` describes the network (flowjax.train.export)."""
+    """Call it for samples; `info` describes the network (flowjax.train.export), params are its own and those of its companions."""
 
     sample: Any
     params: Any
@@ -68,8 +68,18 @@ def build(role, params, info, source, settings: dict | None = None, decode: bool
         shape = resized(info, size)
     if prompt := options.pop("negative"):
         options["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
-    given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text")) if decode or k != "codec"}
-    return Generator(jax.jit(generate.make(role, shape, guidance=guidance, besides=besides, **given, **options)), params, info)
+    elif info.get("null") == "empty prompt" and info.get("text") and guidance != "none":
+        options["null"] = {"tokens": export.tokenizer_of(source, info)([""], "the empty prompt")}
+    found = {k: export.companion_of(source, info, k, f"checkpoint: {k}") for k in ("vae", "text") if decode or k != "vae"}
+    roles = {k: its for k, (its, *_) in ((k, v) for k, v in found.items() if v)}
+
+    def sample(weights, *asked):
+        params, others = weights  # of every network, so that none of them is a constant of the program
+        nets = {k: its.net(others[k]) for k, its in roles.items()}
+        how = {"guidance": guidance, "besides": besides, "codec": nets.get("vae"), "text": nets.get("text"), **options}
+        return generate.make(role, shape, **how)(params, *asked)
+
+    return Generator(jax.jit(sample), (params, {k: found[k][1] for k in roles}), info)
 
 
 def resized(info, size):
