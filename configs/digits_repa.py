@@ -4,7 +4,9 @@
     python -m experiments.train --config=configs/digits_repa.py --workdir=runs/digits_repa
     python -m experiments.evaluate --checkpoint=runs/digits_repa
 
-The alignment ends in the middle of the run (HASTE, 2505.16792), and with it the encoder's work.
+The alignment ends in the middle of the run (HASTE, 2505.16792), and with it the encoder's work. HASTE's alignment of attention is
+
+    --config.objective.attention=0.5 --config.objective.layers="(2, 3)" --config.objective.encoder_layers="(3, 4)"
 """
 
 from configs import digits

@@ -6,7 +6,8 @@
 On 256 v5p a step of 1024 images takes 18 of 95.7 GiB a device (tools.plan).
 
 Records {"x": (128, 128, 16), "text": (512, 4096), "pooled": (768,)}: standardised latents of an f = 8 autoencoder; for each
-caption 512 tokens of T5-XXL and the pooled vector of CLIP L. How the published weights were trained is not known; their sampler
+caption 512 tokens of T5-XXL and the pooled vector of CLIP L (tools.encode_latents, --text being what tools.convert_weights makes
+with --model=flux_text of the published pipeline). How the published weights were trained is not known; their sampler
 shifts time by exp(1.15) at 4096 tokens, which training does here as well. The scale of guidance becomes an input
 (model.guidance_embed) only when a guided model is distilled (objective guidance_distillation, as in configs/digits_gd.py).
 """

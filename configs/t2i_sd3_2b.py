@@ -6,7 +6,11 @@
 On 128 v5p a step of 1024 images takes 12.9 of 95.7 GiB a device (tools.plan).
 
 Records {"x": (128, 128, 16), "text": (154, 4096), "pooled": (2048,)}: standardised latents of an f = 8 autoencoder; for each
-caption 77 tokens of CLIP L and G side by side, padded with zeros to 4096 channels, then 77 of T5-XXL; both pooled vectors of CLIP.
+caption 77 tokens of CLIP L and G side by side, padded with zeros to 4096 channels, then 77 of T5-XXL; both pooled vectors of CLIP:
+what tools.encode_latents makes with --vae and --text=exports/sd3_text of
+
+    python -m tools.convert_weights --from=diffusers --model=sd3_text --fields="{'lengths': (77, 77, 77)}" sd3-medium exports/sd3_text
+
 The paper trains 500,000 steps of batch 4096 at 256 px first, without the shift; each of its three encoders is left out with
 probability 0.464, where here the whole condition is left out with 0.1.
 """

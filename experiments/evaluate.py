@@ -50,7 +50,8 @@ def _share(count, of: str):
 
 
 def captions(info, checkpoint, data, split, count):
-    """cond of `count` samples: the captions of a split in turn, as tokens or as the data hold them embedded."""
+    """cond of `count` samples: the captions of a split in turn, as tokens or as the data hold them embedded, and the classes that go
+    with them where the network has classes."""
     from flowjax.data.pipeline import arrays, ordered
     from flowjax.data.text import without
     from flowjax.train import export
@@ -60,13 +61,12 @@ def captions(info, checkpoint, data, split, count):
         made, mine = (m.get("embedded", {}).get("text") for m in (manifest, info["data"]))
         if made != mine:
             raise ConfigError(f"{manifest['name']} holds captions embedded by another text encoder ({made}) than the network's ({mine})")
-        cond = arrays(without(data), split, count)["cond"]
-        cond = {k: cond[k] for k in manifest["embeddings"]}
+        cond, names = arrays(without(data), split, count)["cond"], [*manifest["embeddings"]]
     else:
-        tokenizer = export.tokenizer_of(checkpoint, info)
-        text = info["text"] | ({"path": str(tokenizer.file)} if tokenizer.file else {})
-        cond = {"tokens": arrays(data | {"text": text}, split)["cond"]["tokens"]}
-    return {k: np.resize(v, (count, *v.shape[1:])) for k, v in cond.items()}
+        export.tokenizer_of(checkpoint, info)  # which says what is wrong with it, if anything
+        cond, names = arrays(data | {"text": export.tokenizer_section(checkpoint, info)}, split)["cond"], ["tokens"]
+    names += ["label"] * bool(info["model"].get("num_classes"))
+    return {k: np.resize(cond[k], (count, *cond[k].shape[1:])) for k in names}
 
 
 def measure_samples(role, params, info, section, checkpoint):
@@ -77,7 +77,8 @@ def measure_samples(role, params, info, section, checkpoint):
     from flowjax.evals.evaluate import evaluate
     from flowjax.train import generator
 
-    strange = ["prompt", "prompts", "size", "init", "strength", "mask"] + ["labels"] * (not info["model"].get("num_classes"))
+    captioned = sampling.captioned(info)
+    strange = ["prompt", "prompts", "size", "init", "strength", "mask"] + ["labels"] * (captioned or not info["model"].get("num_classes"))
     if given := [k for k in strange if flags.FLAGS[k].present]:
         raise ConfigError(f"--{given[0]} means nothing here: this network is measured as it was trained, against the held-out split")
     data = keywords(info["config"]["data"])
@@ -85,7 +86,10 @@ def measure_samples(role, params, info, section, checkpoint):
     seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
     chosen = sampling.options(info)
     rule, cond = None, {}
-    if info["model"].get("num_classes"):
+    if captioned:
+        cond = captions(info, checkpoint, data, section["test_split"], count)
+        rule = f"captions{' with classes' if 'label' in cond else ''} of {section['test_split']}, in turn"
+    elif info["model"].get("num_classes"):
         rule = "in turn: " + ",".join(sampling.LABELS.value) if sampling.LABELS.value else section["labels"]
         cond = sampling.labels(info, count)
         if not sampling.LABELS.value:
@@ -93,9 +97,6 @@ def measure_samples(role, params, info, section, checkpoint):
             cond = {"label": seen[protocol.labels(count, len(seen), rule, seed)]}
             if len(seen) < info["num_classes"]:
                 rule += " among " + ",".join(map(str, seen))
-    elif sampling.captioned(info):
-        rule = f"captions of {section['test_split']}, in turn"
-        cond = captions(info, checkpoint, data, section["test_split"], count)
     mine = _share(count, "samples (--count)")
     cond = {k: v[mine] for k, v in cond.items()}
     x = generator.build(role, params, info, checkpoint, chosen)(cond, mine.stop - mine.start, seed, sampling.BATCH.value, mine.start)

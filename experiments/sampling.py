@@ -11,7 +11,9 @@ from flowjax.config import ConfigError
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An export, or the workdir of a run.", required=True)
 WEIGHTS = flags.DEFINE_string("weights", "ema", 'For a workdir: the name of an average, or "params".')
 COUNT = flags.DEFINE_integer("count", 0, "How many samples; 0: as in the run's config.", lower_bound=0)
-LABELS = flags.DEFINE_list("labels", [], "Classes to ask for, repeated in turn; default: all classes in turn.")
+LABELS = flags.DEFINE_list(
+    "labels", [], "Classes to ask for, repeated in turn; default: all classes in turn. A network of classes and captions needs both."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw, for a network of captions; may be given several times.")
 PROMPTS = flags.DEFINE_string("prompts", "", "A file of prompts, one a line.")
 NEGATIVE = flags.DEFINE_string("negative", "", "A prompt to be guided away from, in place of no prompt.")
@@ -162,10 +164,12 @@ def captioned(info: dict) -> bool:
 def asked(source, info: dict, count: int) -> tuple[int, dict, list[str]]:
     """(count, cond, the prompt of each sample or []); count 0 is the run's own, or EACH of every prompt."""
     if captioned(info):
-        if LABELS.value:
-            raise ConfigError("--labels: this network is asked by --prompt")
+        classes = info.get("model", {}).get("num_classes")
+        if bool(classes) != bool(LABELS.value):
+            told = "is missing: this network is asked by a class and a prompt, both" if classes else ": this network is asked by --prompt alone"
+            raise ConfigError(f"--labels{' ' * bool(classes)}{told}")
         cond, rows = captions(source, info, count)
-        return len(rows), cond, rows
+        return len(rows), cond | (_classes(classes, len(rows)) if classes else {}), rows
     count = count or info["config"]["sample"]["count"]
     return count, labels(info, count), []
 
@@ -187,6 +191,11 @@ def labels(info: dict, count: int) -> dict:
         return {"label": seen[generate.balanced_labels(count, len(seen))]}
     if not classes:
         raise ConfigError("--labels: this network has no classes")
+    return _classes(classes, count)
+
+
+def _classes(classes: int, count: int) -> dict:
+    """{"label": those of --labels in turn (count,)}."""
     try:
         labels = np.array([int(v) for v in LABELS.value], np.int32)
     except ValueError:

@@ -12,9 +12,10 @@ from experiments import shell
 STUDIES = {
     "digits": "the figures of the README: teacher, few-step student, preference tuning",
     "ablations": "prediction, time law, guidance scale, average length, sampler order",
-    "designs": "conditioning, patch size, image or velocity, time shift, representation alignment, label drop",
+    "designs": "conditioning, patch size, image or velocity, time shift, representation alignment, dropped labels and captions",
     "distillation": "every road from many steps to one, at equal compute",
-    "mnist": "latent diffusion of MNIST",
+    "mnist": "latent diffusion of MNIST; latents or pixels at equal compute",
+    "autoencoders": "what the prior does to latents, and a discriminator to images",
     "emoji": "emoji from captions",
     "plans": "what pods would do, compiled without one",
 }

@@ -13,14 +13,15 @@ from flowjax.guidance import GUIDANCE
 
 
 def make(
-    role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, text=None, negative=None, edit=None,
-    besides=None,
+    role, shape, *, steps: int = 50, sampler="heun", grid="uniform", guidance="none", codec=None, text=None, negative=None, null=None,
+    edit=None, besides=None,
 ):
     """sample(params, seed, indices (B,), cond) -> (B, ...) data, to be jitted.
 
     shape: of one (latent) example. sampler, grid, guidance: config sections ("none" for no guidance). codec: Latents of a
     frozen autoencoder, which decodes the result. text: frozen text encoder, which embeds cond["tokens"], where there are such.
-    negative: condition of one row to guide away from, in place of the network's null condition. edit: an image to begin with or
+    negative: condition of one row to guide away from, in place of the network's null condition; null: the same, where it is what no
+    prompt means to the network and not what the user asked for. edit: an image to begin with or
     to keep a part of (flowjax.editing.Edit), in pixels; `steps` are those from its strength on. besides: what the guidance takes
     besides the model ({"bad": Model}, ...).
     """
@@ -44,8 +45,8 @@ def make(
         model, heard = role.net(params), []
         if text is not None:
             cond = conditions.embed(text, cond)
-        if negative is not None:
-            other, nothing = negative if text is None else conditions.embed(text, negative), model.null
+        if (avoided := null if negative is None else negative) is not None:
+            other, nothing = avoided if text is None else conditions.embed(text, avoided), model.null
 
             def away(c):
                 heard.append(c)

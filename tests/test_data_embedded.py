@@ -88,7 +88,7 @@ def test_latents_and_captions_in_one_go_or_one_after_the_other(data, tmp_path):
     assert both["splits"]["train"]["count"] == 22 and both["content_hash"] == second["content_hash"] == other["content_hash"]
     for manifest in (both, second, other):
         assert {k: v.get("vae", v.get("text")) for k, v in manifest["source"].items()} == {"latents": "abc", "embedded": "e"}
-    assert (tmp_path / "other" / latents.TOKENIZER).read_bytes() == (tmp_path / "t.json").read_bytes()
+    assert (tmp_path / "other" / "tokenizer.json").read_bytes() == (tmp_path / "t.json").read_bytes()
     rows = read(tmp_path / "both")
     np.testing.assert_array_equal(rows["text"][0::2], rows["text"][1::2])  # an image and its mirror image
     assert np.abs(rows["x"][0::2] - rows["x"][1::2]).max() > 0.1
@@ -234,10 +234,10 @@ def test_another_encoder_or_tokenizer_is_refused(home, tmp_path):
     frozen(home, "changed")
     changed = {"name": "array_record", "path": str(home / "changed")}
     assert Run(config(home, changed)).tokenizer.vocab == 5
-    make_file(home / "changed" / latents.TOKENIZER, ("[PAD]", "[END]", "1", "0", "2"))
+    make_file(home / "changed" / "tokenizer.json", ("[PAD]", "[END]", "1", "0", "2"))
     with pytest.raises(ConfigError, match="tokenizer.json is not the tokenizer that .*changed was made with"):
         Run(config(home, changed))
-    (home / "changed" / latents.TOKENIZER).unlink()
+    (home / "changed" / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="no such file"):
         Run(config(home, changed))
     assert Run(config(home, changed, roles=())).tokenizer is None  # nor is it needed

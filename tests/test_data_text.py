@@ -52,7 +52,7 @@ def test_files_of_the_tokenizers_library(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"name": "words", "length": 3}, "bytes, file"),
+        ({"name": "words", "length": 3}, "bytes, export, file, joined"),
         ({"name": "bytes"}, "lacks length"),
         ({"name": "bytes", "length": 0}, "text.length = 0"),
         ({"name": "file", "path": "nowhere.json", "length": 3}, "no such file"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flowjax.config import ConfigError
+from flowjax.evals import image
 from flowjax.evals.image import dequantise, psnr, quantise, reconstruction, ssim
 
 
@@ -106,3 +107,16 @@ def test_reconstruction_leaves_identical_images_out_of_the_mean():
     assert 2 / 3 < report["ssim"] < 1
     assert reconstruction(x[:, :11], x[:, :11])["ssim"] == pytest.approx(1)
     assert reconstruction(x[:, :8], x[:, :8]) == {"psnr": None, "ssim": None, "identical": 3}
+
+
+def test_fine_share():
+    """A wave counts or does not; a wave of each kind by their variances; a shift of brightness nothing; blur takes it away."""
+    n = np.arange(16)
+    slow, fast = np.cos(2 * np.pi * 3 * n / 16)[:, None], np.cos(2 * np.pi * 7 * n / 16)[None]
+    both = (2 * slow + fast)[None, :, :, None]
+    assert image.fine_share(both) == pytest.approx(1 / 5) and image.fine_share(both + 9) == pytest.approx(1 / 5)
+    assert image.fine_share(both.swapaxes(1, 2)) == pytest.approx(1 / 5)
+    noise = np.random.default_rng(0).standard_normal((50, 16, 16, 3))
+    blurred = (noise + np.roll(noise, 1, 1) + np.roll(noise, 1, 2) + np.roll(noise, (1, 1), (1, 2))) / 4
+    assert image.fine_share(noise) == pytest.approx(1 - 80 / 255, abs=0.02)  # 9 x 9 of 16 x 16 frequencies are low, the mean not counted
+    assert image.fine_share(blurred) < 0.6 * image.fine_share(noise)

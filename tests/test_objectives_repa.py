@@ -11,6 +11,7 @@ from nets import close, randomise, shapes
 
 from flowjax import models, objectives, paths
 from flowjax.config import ConfigError
+from flowjax.models import attention
 from flowjax.objectives import flow_matching, repa
 from flowjax.predictions import Model
 from flowjax.train import optim
@@ -189,6 +190,89 @@ def test_after_the_stop_the_encoder_does_not_run(step, runs):
     jax.effects_barrier()
     assert len(calls) == runs and bool(jnp.any(out["features"])) == bool(runs)
     assert out["features"].shape == (2, 2, 3, 2)
+
+
+# --- attention (HASTE) ------------------------------------------------------------------------------------------------
+
+
+def looks(seed, heads=2, tokens=6):
+    q, k = jax.random.normal(jax.random.key(seed), (2, 3, 2, tokens, heads, 4))
+    return {"q": q, "k": k}
+
+
+def test_attention_is_nearest_to_itself():
+    """Cross-entropy with oneself is the entropy; of equal weights, log N; and no other attention is as near."""
+    mine, other = looks(0), looks(1)
+    flat = jax.tree.map(jnp.zeros_like, mine)
+    assert float(repa.attention_term(flat, mine)) == pytest.approx(np.log(6), rel=1e-6)
+    weights = jax.nn.softmax(jnp.einsum("blnhd,blmhd->blhnm", mine["q"], mine["k"]) / 2, axis=-1)
+    entropy = float(-jnp.sum(weights * jnp.log(weights), axis=-1).mean())
+    assert float(repa.attention_term(mine, mine)) == pytest.approx(entropy, rel=1e-5)
+    assert float(repa.attention_term(other, mine)) > entropy + 0.1
+    slope = jax.grad(lambda s: repa.attention_term(s, mine))(mine)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(slope)) < 1e-6
+    more = jax.tree.map(lambda v: jnp.concatenate([v, 5 + v], axis=3), mine)  # heads that the other does not have
+    assert float(repa.attention_term(mine, more)) == pytest.approx(entropy, rel=1e-5)
+
+
+def test_what_attention_is_made_of_is_seen_without_a_change():
+    """Scanned or not, layers come in order; what they show gives the weights that they use; the output stays."""
+    for scan in (True, False):
+        net = models.build({**DIT, "scan": scan, "depth": 3, "conditioning": "in_context"})
+        params = randomise(shapes(net, *INPUTS))
+        plain = net.apply({"params": params}, *INPUTS)
+        out, state = net.apply({"params": params}, *INPUTS, mutable=[attention.SEEN])
+        np.testing.assert_array_equal(out, plain)
+        found = attention.seen(state[attention.SEEN])
+        assert [q.shape for q, _ in found] == [(8, 6, 2, 8)] * 3  # 4 of the image, 2 of the condition
+    first = params["block_0"]["attn"]
+    other = jax.tree.map(lambda v: v, params) | {"block_0": params["block_0"] | {"attn": first | {"q": jax.tree.map(lambda v: 2 * v, first["q"])}}}
+    changed = attention.seen(net.apply({"params": other}, *INPUTS, mutable=[attention.SEEN])[1][attention.SEEN])
+    np.testing.assert_allclose(changed[0][0], 2 * found[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_networks_of_text_show_their_image_alone():
+    net = models.build({"name": "mmdit", "depth": 3, "dual": 1, "width": 16, "heads": 2, "patch": 2, "projector": DIT["projector"]})
+    cond = {"text": jnp.ones((8, 5, 4)), "pooled": jnp.ones((8, 3))}
+    params = randomise(shapes(net, DATA["x"], jnp.zeros(8), cond))
+    (_, projected), state = net.apply({"params": params}, DATA["x"], jnp.zeros(8), cond, project=True, mutable=[attention.SEEN])
+    assert projected.shape == (8, 2, 2, 8) and [q.shape for q, _ in attention.seen(state[attention.SEEN])] == [(8, 4, 2, 8)] * 3
+
+
+HASTE = {"name": "repa", "align": 0.5, "attention": 0.5, "layers": (1, 2), "encoder_layers": (1, 1)}
+
+
+def test_attention_is_aligned_by_training():
+    _, before = train(HASTE, steps=1)
+    _, after = train(HASTE, steps=12)
+    assert float(after["attention"]) < float(before["attention"]) - 1e-3
+
+
+def test_attention_counts_until_the_stop():
+    """Of a network of two layers, whose last one is compared with what an encoder showed."""
+    q, k = jax.random.normal(jax.random.key(7), (2, 2, 2, 6, 2, 4))
+    shown = {attention.SEEN: {"blocks": {"attn": {"qk": (q, k)}}}}
+    net = model().replace(project=lambda x_t, t, cond, key, mutable: ((0.5 * x_t, GUESS), shown))
+    seen = {"looks": jax.tree.map(lambda v: v[:2, :1], looks(0))}
+    plain = float(flow_matching.loss({"net": model()}, batch(), None)[0])
+    apart = float(repa.attention_term({"q": q[1][:, None], "k": k[1][:, None]}, seen["looks"]))
+    for step, on in ((4, 1.0), (5, 0.0)):
+        settings = {"stop": 5, "attention": 0.25, "layers": (2,), "encoder_layers": (1,)}
+        value, metrics = repa.loss({"net": net}, batch(GUESS, step) | seen, None, **settings)
+        assert float(value) == pytest.approx(plain + on * (0.25 * apart - 0.5), rel=1e-5)
+        assert float(metrics["attention"]) == pytest.approx(apart, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ()}, "go together"), ({"attention": 0.0}, "go together"), ({"encoder_layers": (1,)}, "go together"),
+        ({"layers": (1, 3)}, "objective.layers = .*layers 1 to 2"), ({"encoder_layers": (0, 1)}, "encoder_layers = .*layers 1 to 1"),
+    ],
+)
+def test_attention_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(HASTE | change, steps=1)
 
 
 # --- the whole step ---------------------------------------------------------------------------------------------------

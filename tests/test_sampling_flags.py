@@ -40,6 +40,20 @@ EMBEDDED = {"conditions": {"text": [4, 8], "pooled": [8]}, "config": {"sample": 
 CLASSES = {"num_classes": 3, "model": {"num_classes": 3}, "config": {"sample": {"count": 6}}}
 
 
+def test_a_class_and_a_prompt(given):
+    """Prompts one after the other, and the classes in turn through all of them."""
+    both = CAPTIONED | {"model": {"num_classes": 5}}
+    given("--prompt=one", "--prompt=two", "--labels=3,0")
+    count, cond, rows = sampling.asked("nowhere", both, 6)
+    assert rows == ["one"] * 3 + ["two"] * 3 and cond["label"].tolist() == [3, 0, 3, 0, 3, 0] and cond["tokens"].shape == (6, 8)
+    given("--prompt=one", "--labels=5")
+    with pytest.raises(ConfigError, match="classes are 0 to 4"):
+        sampling.asked("nowhere", both, 1)
+    given("--prompt=one")
+    with pytest.raises(ConfigError, match="--labels is missing: this network is asked by a class and a prompt, both"):
+        sampling.asked("nowhere", both, 1)
+
+
 def test_sizes():
     assert sampling.size("64x96") == (64, 96) and sampling.size("32") == (32, 32)
     for wrong in ("wide", "64x", "0", "1x2x3", "-4"):

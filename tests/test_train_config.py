@@ -9,6 +9,7 @@ import pytest
 from flowjax.config import ConfigError
 from flowjax.train import loop, settings
 from flowjax.train.assembly import Run
+from binaries import shell_in
 from train_runs import DIT, rows, tiny, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -239,3 +240,16 @@ def test_defaults_resolve_to_themselves():
     assert settings.resolve(resolved) == resolved == json.loads(json.dumps(resolved))
     assert resolved["roles"] == {} and resolved["path"] == {"name": "rectified"}
     assert settings.differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 2}, "d": 3}) == ["a.b: 1 -> 2", "c: 2 -> None", "d: None -> 3"]
+
+
+# --- the command line
+
+
+def test_a_name_in_place_of_a_section_and_a_config_that_is_not_there(tmp_path):
+    run, config = shell_in(tmp_path), f"--config={ROOT}/configs/digits.py:smoke"
+    said = run("experiments.train", "--config=configs/nowhere.py:smoke", "--workdir=w", code=2)
+    assert "error: --config=configs/nowhere.py: no such file" in said and "Traceback" not in said
+    # Two names for sections; the second is no name of a schedule. Without guidance's being a name the first would have ended it.
+    said = run("experiments.train", config, "--workdir=w", "--config.sample.guidance=none", "--config.optimizer.schedule=none", code=2)
+    assert "error: optimizer.schedule.name = 'none' is unknown; valid: constant" in said and "Traceback" not in said
+    assert settings.resolve(tiny(sample={"guidance": {"name": "none"}}))["sample"]["guidance"] == "none"

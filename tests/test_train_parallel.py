@@ -9,11 +9,11 @@ import pytest
 
 from flowjax import generate
 from flowjax.config import ConfigError
-from flowjax.train import export, generator
+from flowjax.train import card, export, generator
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
 from nets import randomise
-from train_runs import DIT, tiny, train
+from train_runs import DIT, same, tiny, train
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2), "context": (1, 2, 1, 4)}
 ONE = (1, 1, 1)
@@ -109,11 +109,22 @@ def test_vae_against_a_discriminator():
     check((2, 2, 2), one, **changes)
 
 
+def frozen_by_the_same_rules(run, autoencoder):
+    """What is frozen is split where the same network's parameters would be if they were trained, and whole when put together."""
+    (_, params, _), held = export.load(autoencoder), run.frozen["vae"]
+    same(jax.device_get(held), jax.device_get(params))
+    trained = Run(config((1, 4, 2), model=VAE, objective={"name": "vae"}))
+    places = lambda tree: [v.sharding.spec for v in jax.tree.leaves(tree)]  # noqa: E731
+    assert places(held) == places(trained.target.params["net"]) and card.bytes_per_device(held) < 0.5 * sum(v.nbytes for v in jax.tree.leaves(params))
+    assert run.loaded["vae"][0] is held and run.codecs["vae"] is held  # and nowhere else
+
+
 @pytest.mark.slow
 def test_latents(autoencoder, tmp_path):
     """A DiT on the latents of a frozen VAE: the same on a mesh, and through the whole loop, export and pictures."""
     changes = dict(model={**DIT, "patch": 2}, roles={"vae": {"checkpoint": autoencoder}})
     check((2, 2, 1), one_step(ONE, **changes), **changes)
+    frozen_by_the_same_rules(Run(config((1, 4, 2), **changes)), autoencoder)
     run = config((2, 2, 2), **changes, steps=2, sample={"steps": 2, "sampler": "euler", "count": 4, "every": 2})
     train(run, tmp_path / "run")
     assert list((tmp_path / "run" / "samples").glob("*.png"))

@@ -136,21 +136,21 @@ class Draws:
         cond |= {"label": generate.balanced_labels(batch, classes)} if classes else {}
         self.inputs = this.config["seed"], np.arange(batch), cond
         self.this, self.section = this, section
-        self.sample, self.spent = compiled(this.sampler(section), this.network, *self.inputs)
+        self.sample, self.spent = compiled(this.sampler(section), this.drawing(this.network), *self.inputs)
         self.params = this.whole("net", this.fresh().params["net"])
 
     def __call__(self, count: int):
         """Seconds of each call."""
         ends = [time.perf_counter()]
         for _ in range(count):
-            jax.block_until_ready(self.sample(self.params, *self.inputs))
+            jax.block_until_ready(self.sample(self.this.drawing(self.params), *self.inputs))
             ends.append(time.perf_counter())
         return np.diff(ends)
 
     def work(self) -> int | None:
         """Model FLOPs of one call; None where the number of model calls is decided while sampling."""
         try:
-            return flops.count(self.this.plain().sampler(self.section), self.params, *self.inputs)
+            return flops.count(self.this.plain().sampler(self.section), self.this.drawing(self.params), *self.inputs)
         except ValueError:
             return None
 

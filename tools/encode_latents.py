@@ -8,7 +8,8 @@
 
 --data is a data section; by default that of the run that trained the autoencoder. With flip = True the mirror images are encoded
 too. Labels, captions and what was encoded before come along, so the two can also be made one after the other. Captions are
-embedded as tokens of data.text; with data.captions = 'first' the first one of several is taken, else several are refused. Then
+embedded as tokens of data.text, which is that of the text encoder's export where it has one (sd3_text and flux_text of
+tools.convert_weights do); with data.captions = 'first' the first one of several is taken, else several are refused. Then
 train with
 
     --config.data="{'name': 'array_record', 'path': 'data/emoji_latents'}" --config.roles.vae.checkpoint=runs/emoji_vae/export
@@ -25,7 +26,7 @@ import sys
 from absl import flags
 
 from experiments import shell
-from flowjax.config import ConfigError
+from flowjax.config import ConfigError, keywords
 from flowjax.train import runtime
 
 VAE = flags.DEFINE_string("vae", "", "The export of an autoencoder (experiments.export measures its latents).")
@@ -56,7 +57,7 @@ def autoencoder(source):
 
 
 def text_encoder(source):
-    """Encoder of token ids."""
+    """(Encoder of token ids, the section of its own tokenizer or None)."""
     import jax
 
     from flowjax.data.latents import Encoder
@@ -66,7 +67,9 @@ def text_encoder(source):
     if role.module.kind != "text_encoder":
         raise ConfigError(f"--text={source} is a network of kind {role.module.kind!r}, not 'text_encoder'")
     embed = jax.jit(lambda params, tokens: role.net(params)(tokens))  # large parameters are no constants of a program
-    return Encoder(lambda tokens: embed(params, tokens), export.identity(params, info), role.module.vocab)
+    lengths = getattr(role.module, "lengths", None)
+    made = Encoder(lambda tokens: embed(params, tokens), export.identity(params, info), role.module.vocab, lengths and [*lengths])
+    return made, info.get("text") and {"name": "export", "path": source}
 
 
 def main():
@@ -77,8 +80,11 @@ def main():
     section = shell.section(DATA.value, "data") if DATA.value else section
     if section is None:
         raise ConfigError("--data is missing: without --vae, or with one that was converted, no run says which data to encode")
+    text, tokenizer = text_encoder(TEXT.value) if TEXT.value else (None, None)
+    if tokenizer:
+        section = {"text": tokenizer} | keywords(section)
     manifest = latents.write(
-        OUT.value, section, vae, text_encoder(TEXT.value) if TEXT.value else None, splits=SPLITS.value, dtype=DTYPE.value,
+        OUT.value, section, vae, text, splits=SPLITS.value, dtype=DTYPE.value,
         tile=TILE.value, batch=BATCH.value, overwrite=OVERWRITE.value, command=shlex.join(["python", "-m", "tools.encode_latents", *sys.argv[1:]]),
     )  # fmt: skip
     counts = ", ".join(f"{k} {v['count']}" for k, v in manifest["splits"].items())

@@ -53,6 +53,8 @@ def main():
     count, seed = sampling.COUNT.value or info["config"]["sample"]["count"], max(0, sampling.SEED.value)
     make = generator.build(role, params, info, checkpoint, chosen, decode=False)
     classes = 0
+    if info.get("text") and info["model"].get("num_classes"):
+        raise ConfigError("couplings hold a class or a caption; this network is asked by both")
     if info.get("text"):
         texts = captions(info, count)
         cond, columns = {"tokens": export.tokenizer_of(checkpoint, info)(texts, "captions")}, {"caption": texts}

@@ -81,7 +81,7 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     import jax
 
     from flowjax.models import flops
-    from flowjax.train import card, hlo
+    from flowjax.train import hlo
 
     fn, arguments = _program(run, what)
     count = run.mesh.size
@@ -94,7 +94,7 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return out | {"fits": False, "refused": str(error).splitlines()[0], "memory": {"state": card.bytes_per_device(run.target)}}
+        return out | {"fits": False, "refused": str(error).splitlines()[0], "memory": _given(run)}
     out["compile_seconds"], out["compile_cpu_seconds"] = time.time() - start, time.process_time() - used
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if save_text:
@@ -102,8 +102,8 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     total = held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     out["memory"] = {
-        "state": card.bytes_per_device(run.target), "arguments and results": held, "temporaries": memory.temp_size_in_bytes,
-        "total": total, "limit": chip.memory if chip else None,
+        **_given(run), "arguments and results": held, "temporaries": memory.temp_size_in_bytes, "total": total,
+        "limit": chip.memory if chip else None,
     }  # fmt: skip
     out["fits"] = chip is None or total <= chip.memory
     exchanges = hlo.collectives(text, count)
@@ -179,6 +179,13 @@ def _axes_of(exchange, mesh) -> list[str]:
     return [axis for axis, where in zip(mesh.shape, places) if len({*where.tolist()}) > 1]
 
 
+def _given(run) -> dict[str, int]:
+    """Bytes a device of what is trained, and of what is frozen beside it."""
+    from flowjax.train import card
+
+    return {"state": card.bytes_per_device(run.target), "frozen": card.bytes_per_device(run.frozen)}
+
+
 def _program(run, what):
     """(jitted function, its arguments): the train step, or the sampler with which the run draws its pictures."""
     import jax
@@ -193,7 +200,7 @@ def _program(run, what):
     seen = lambda v: jax.ShapeDtypeStruct((section["count"], *v.shape[1:]), v.dtype, sharding=everywhere)  # noqa: E731
     rows = seen(jnp.zeros((1,), jnp.int32))
     cond = jax.tree.map(seen, conditions.zeros(run.pipeline.conditions, 1))
-    return run.sampler(section), (run.network, section["seed"], rows, cond)
+    return run.sampler(section), (run.drawing(run.network), section["seed"], rows, cond)
 
 
 def advice(found: dict, config, chip) -> list[str]:
@@ -201,6 +208,11 @@ def advice(found: dict, config, chip) -> list[str]:
     mesh, lines = found["mesh"], []
     if not found["fits"]:
         state = found["memory"]["state"]
+        if chip and (frozen := found["memory"].get("frozen", 0)) > chip.memory / 4:
+            lines.append(
+                f"frozen networks take {_gib(frozen)} a device: split them further (config.mesh.fsdp, now {mesh['fsdp']}, or tensor), or let "
+                "tools.encode_latents do their work once"
+            )
         if chip and state > chip.memory / 2:
             lines.append(f"the state alone takes {_gib(state)} a device: split it further (config.mesh.fsdp, now {mesh['fsdp']}, or tensor)")
         if config["model"].get("remat", "full") != "full":
@@ -231,12 +243,13 @@ def report(found: dict, what: str) -> str:
     mesh = " x ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1) or "one device"
     lines = [f"{what}: batch {found['batch']} on {found['devices']} devices, {mesh}"]
     if "refused" in found:
-        return "\n".join([*lines, f"  DOES NOT FIT: {found['refused']}", f"  of which the state takes {_gib(found['memory']['state'])}"])
+        taken = f"{_gib(found['memory']['state'])}{_frozen(found['memory'])}"
+        return "\n".join([*lines, f"  DOES NOT FIT: {found['refused']}", f"  of which the state takes {taken}"])
     memory, work = found["memory"], found["flops"]
     limit = f" of {_gib(memory['limit'])}" if memory["limit"] else ""
     lines += [
         f"  memory per device: {_gib(memory['total'])}{limit}{'' if found['fits'] else ': DOES NOT FIT'}"
-        f" (arguments and results {_gib(memory['arguments and results'])}, temporaries {_gib(memory['temporaries'])})",
+        f" (arguments and results {_gib(memory['arguments and results'])}, temporaries {_gib(memory['temporaries'])}{_frozen(memory)})",
         f"  operations: {work['needed'] / 1e12:.4g} TFLOP needed (analytic), {work['executed'] / 1e12:.4g} executed, ratio {work['ratio']:.3f}",
         *(f"  {kind}: {v['per step']} a step, {v['bytes sent'] / 2**20:.4g} MiB sent by a device" for kind, v in found["collectives"].items()),
     ]
@@ -253,6 +266,10 @@ def report(found: dict, what: str) -> str:
             f"  model-FLOPs utilisation: at most {100 * line['mfu at most']:.1f} %, {100 * line['mfu if nothing overlaps']:.1f} % if nothing overlaps",
         ]
     return "\n".join([*lines, f"  traced in {found['trace_seconds']:.1f} s, compiled in {found['compile_seconds']:.1f} s ({found['compile_cpu_seconds']:.0f} s of one CPU)"])
+
+
+def _frozen(memory) -> str:
+    return f", frozen networks {_gib(memory['frozen'])}" if memory.get("frozen") else ""
 
 
 def _gib(count: float) -> str:

@@ -80,8 +80,13 @@ def _real(data: str):
     return {k: {"x": p["x"], "label": p["cond"]["label"]} for k, p in (("train", part("train")), ("test", part("test")))}
 
 
-def measure(workdir, *, count=1000, metrics=("frechet", "agreement", "memorisation"), features=("pixels",), data=None, seed=0, **options) -> dict:
-    """Evaluation results of `count` balanced samples, stored under <workdir>/study and read back the next time."""
+def measure(
+    workdir, *, count=1000, metrics=("frechet", "agreement", "memorisation"), features=("pixels",), data=None, seed=0, asked=None, **options
+) -> dict:  # fmt: skip
+    """Evaluation results of `count` balanced samples, stored under <workdir>/study and read back the next time.
+
+    asked: labels (N,) -> the condition that asks for them, where that is not the labels themselves.
+    """
     from flowjax.evals import protocol
     from flowjax.evals.evaluate import evaluate
     from flowjax.train import export
@@ -89,7 +94,7 @@ def measure(workdir, *, count=1000, metrics=("frechet", "agreement", "memorisati
     def made():
         info = export.info_of(workdir)
         labels = protocol.labels(count, 10, "balanced", seed)
-        x = samples(workdir, labels, seed=seed, **options)
+        x = draw(workdir, asked(labels) if asked else {"label": labels}, count, seed=seed, **options)
         real = _real(json.dumps(data or info["config"]["data"], sort_keys=True))
         return evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed})
 

@@ -3,6 +3,9 @@
     python -m experiments.study designs          (finished runs are kept, so it goes on where it was stopped)
 """
 
+import functools
+import pathlib
+
 from experiments.studies import common
 from flowjax.train import runtime
 
@@ -45,6 +48,51 @@ SECTIONS = {
     ),
 }
 DROPS, SCALES = (0.0, 0.1, 0.3), (None, 1.5, 2.0)
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEXT = {"name": "bytes", "length": 8}
+
+
+@functools.cache
+def captioned():
+    """A data section of the digits with a word for each."""
+    from flowjax.data import records
+    from flowjax.data.pipeline import arrays
+    from flowjax.evals import image
+
+    out = pathlib.Path(common.RUNS.value) / "designs" / "captioned"
+    if not (out / "manifest.json").exists():
+        parts = {split: arrays({"name": "digits"}, split) for split in ("train", "test")}
+        rows = (
+            (split, f"{split} {i}", {"image": picture, "label": label, "caption": WORDS[label]})
+            for split, part in parts.items() for i, (picture, label) in enumerate(zip(image.quantise(part["x"]), part["cond"]["label"]))
+        )  # fmt: skip
+        records.write(out, rows, name="captioned_digits", num_classes=10, class_names=WORDS)
+    return {"name": "array_record", "path": str(out), "text": TEXT}
+
+
+def told(labels):
+    """The condition that asks for these digits by their words."""
+    from flowjax.data import text
+
+    return {"tokens": text.build(TEXT)([WORDS[label] for label in labels])}
+
+
+def captions(rate: float):
+    """Digits by their words, which a small text encoder learns to read along with a JiT; dropped with probability `rate`."""
+    encoder = {"vocab": 257, "length": TEXT["length"], "width": 48, "depth": 1, "heads": 4}
+    model = {"name": "jit", "patch": 2, "width": 48, "depth": 4, "heads": 4, "context_from": 2, "scan": False, "text_encoder": encoder}
+    return {"data": captioned(), "model": model, "objective": {"label_drop": rate}}
+
+
+def dropped(what: str, changes, seeds, **options):
+    """Rows for every rate of DROPS, changes(rate) of the config, and every scale of guidance that makes sense with it."""
+    rows = []
+    for rate in DROPS:
+        workdirs = [run(f"{what}_drop {rate}", s, changes(rate)) for s in seeds]
+        for scale in SCALES if rate else SCALES[:1]:  # a network that never saw "no condition" cannot be guided
+            results = [common.measure(w, seed=s, guidance=scale, **options) for s, w in zip(seeds, workdirs)]
+            rows.append(row(f"dropped {100 * rate:.0f} %, guidance {scale or 1}", results))
+    return common.table(f"designs_drop_{what}", ["variant", "FD ratio", "class agreement %"], rows)
 
 
 def run(name: str, seed: int, changes):
@@ -80,14 +128,11 @@ def main():
             rows.append(row(name, [common.measure(w, seed=s, guidance=None) for s, w in zip(seeds, workdirs)]))
         text += ["", f"## {title}", "", published, "", common.table(f"designs_{i}", [title.lower(), "FD ratio", "class agreement %"], rows)]
         common.page("designs", "\n".join(text))
-    rows = []
-    for rate in DROPS:
-        workdirs = [run(f"label_drop {rate}", s, {} if rate == 0.1 else {"objective": {"label_drop": rate}}) for s in seeds]
-        for scale in SCALES if rate else SCALES[:1]:  # a network that never saw "no label" cannot be guided
-            results = [common.measure(w, seed=s, guidance=scale) for s, w in zip(seeds, workdirs)]
-            rows.append(row(f"dropped {100 * rate:.0f} %, guidance {scale or 1}", results))
-    title = "Labels dropped in training, and guidance"
-    text += ["", f"## {title}", "", "CFG (2207.12598): 10 to 20 % are enough; more costs quality.", "",
-             common.table("designs_drop", ["variant", "FD ratio", "class agreement %"], rows)]  # fmt: skip
+    published = "CFG (2207.12598): 10 to 20 % are enough; more costs quality."
+    of_labels = dropped("label", lambda rate: {} if rate == 0.1 else {"objective": {"label_drop": rate}}, seeds)
+    text += ["", "## Labels dropped in training, and guidance", "", published, "", of_labels]
+    common.page("designs", "\n".join(text))
+    said = 'The digits are asked for by their words ("three"), which a text encoder learns to read along.'
+    text += ["", "## Captions dropped in training, and guidance", "", said, "", dropped("caption", captions, seeds, asked=told)]
     common.page("designs", "\n".join(text))
     return 0

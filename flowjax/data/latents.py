@@ -28,19 +28,20 @@ from flowjax.data.pipeline import ordered
 
 DTYPES = ("float16", "float32")
 MADE = ("latents", "embedded")  # in a manifest's source; a second encoding carries what the first says along
-TOKENIZER = "tokenizer.json"  # the tokenizer's file beside the records
 
 
 class Encoder(NamedTuple):
     """A frozen network: the function, and the hash of the network behind it (flowjax.train.export.identity).
 
     An autoencoder maps images (batch, H, W, C) float32 in [-1, 1] to latents (batch, h, w, Z); a text encoder maps token ids
-    (batch, L), each less than `vocab`, to ("text" (batch, S, D), "pooled" (batch, P)).
+    (batch, L), each less than `vocab`, to ("text" (batch, S, D), "pooled" (batch, P)); of several encoders side by side vocab and
+    `lengths` (which add up to L) are lists.
     """
 
     apply: Callable
     identity: str
-    vocab: int = 0
+    vocab: int | list[int] = 0
+    lengths: list[int] | None = None
 
 
 def write(
@@ -70,7 +71,7 @@ def write(
     flip = bool(section.get("flip"))
     about = {"dtype": dtype, "data": {k: _content(m) for k, (m, _) in opened.items()}, "code_version": flowjax.__version__}
     source = {k: manifest[k] for k in MADE if k in manifest}
-    tokenizer = _tokenizer(captions, manifest, text.vocab) if text else None
+    tokenizer = _tokenizer(captions, manifest, text) if text else None
     if vae:
         if "latents" in manifest:
             raise ConfigError(f"{manifest['name']} holds latents already")
@@ -78,7 +79,7 @@ def write(
     elif flip or tile:
         raise ConfigError("data.flip and --tile are for latents: pixels are kept as they are, and the run that reads them flips them")
     if text:
-        told = {k: v for k, v in keywords(captions["text"]).items() if k != "path"}
+        told = text_lib.placeless(text_lib.resolved(captions["text"]))
         known = {"vocab": tokenizer.vocab, "sha256": tokenizer.digest}
         source["embedded"] = _signed({"text": text.identity, "section": told, "tokenizer": known, **about})
     if (found := _there(out)) and _keys(found["source"]) == _keys(source) and not records.damaged(out, found):
@@ -116,7 +117,7 @@ def write(
     )  # fmt: skip
 
 
-def _tokenizer(section, manifest, vocab: int):
+def _tokenizer(section, manifest, encoder: Encoder):
     """The tokenizer of the captions to embed; ConfigError where that cannot be done."""
     if "embeddings" in manifest:
         raise ConfigError(f"{manifest['name']} holds embeddings already")
@@ -127,16 +128,16 @@ def _tokenizer(section, manifest, vocab: int):
     if section.get("captions", "random") not in ("random", "first") or section.get("curriculum"):
         raise ConfigError("one caption of an image is embedded: data.captions can be 'first', and there is no data.curriculum")
     tokenizer = text_lib.build(section["text"])
-    if tokenizer.vocab > vocab:
-        raise ConfigError(f"the text encoder has vocab = {vocab}, but the tokenizer has {tokenizer.vocab} tokens")
+    if wrong := text_lib.mismatch(tokenizer, encoder.vocab, encoder.lengths):
+        raise ConfigError(f"data.text does not fit: {wrong}")
     return tokenizer
 
 
 def _file(tokenizer, manifest) -> dict[str, bytes]:
-    """The file of the tokenizer, or of that with which captions were embedded before."""
+    """The files of the tokenizer, or of that with which captions were embedded before."""
     if tokenizer is None and manifest.get("tokenizer", {}).get("sha256"):
-        return {TOKENIZER: (pathlib.Path(manifest["path"]).expanduser() / TOKENIZER).read_bytes()}
-    return {TOKENIZER: tokenizer.file.read_bytes()} if tokenizer and tokenizer.file else {}
+        tokenizer = text_lib.build(text_lib.stored(manifest["embedded"]["section"], pathlib.Path(manifest["path"]).expanduser()))
+    return {name: file.read_bytes() for name, file in tokenizer.files.items()} if tokenizer else {}
 
 
 def _signed(made: dict[str, Any]) -> dict[str, Any]:

@@ -327,7 +327,7 @@ class Pipeline:
         first = batches.parts[0]
         self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
         self.shapes = tuple(dict.fromkeys(p.shape for p in batches.parts))
-        self.conditions, self.tokenizer, self.text = first.conditions, first.tokenizer, first.common.text
+        self.conditions, self.tokenizer, self.text = first.conditions, first.tokenizer, text_lib.resolved(first.common.text)
         size = 4 * sum(first.numbers) * batches.batch_size // batches.process_count
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
         self._iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))

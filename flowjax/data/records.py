@@ -282,5 +282,7 @@ class Records:
     def __len__(self):
         return len(self._source)
 
-    def read(self, indices) -> dict[str, Any]:
-        return _decode(self._source.__getitems__([int(i) for i in indices]), self.manifest["features"])
+    def read(self, indices, names: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The features `names` (none: all) of the rows `indices`."""
+        features = {k: v for k, v in self.manifest["features"].items() if not names or k in names}
+        return _decode(self._source.__getitems__([int(i) for i in indices]), features)

@@ -2,6 +2,8 @@
 
     {"name": "bytes", "length": 64}                                      UTF-8 bytes + 1: no file, any language
     {"name": "file", "path": "tokenizer.json", "length": 77}             a file of the `tokenizers` library (extra `text`)
+    {"name": "joined", "parts": [section, section]}                      one after the other: several encoders, each with its own
+    {"name": "export", "path": "exports/sd3_text"}                       that of a text encoder's export, or of any network's
 
 Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
 never in silence.
@@ -9,6 +11,7 @@ never in silence.
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -17,6 +20,7 @@ import numpy as np
 from flowjax.config import ConfigError, build as build_section, keywords
 from flowjax.data.records import DataError
 
+FILE = "tokenizer.json"  # what an export or a data set calls the file of its tokenizer
 PADDING = "[PAD]"  # token 0 of a tokenizer that is learned here
 
 
@@ -30,6 +34,16 @@ class Tokenizer:
     pad: int = 0
     truncate: bool = False
     file: pathlib.Path | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """[length]: one number for each tokenizer of a Joined."""
+        return [self.length]
+
+    @property
+    def files(self) -> dict[str, pathlib.Path]:
+        """{name under which an export or a data set keeps it: the file it was read from}."""
+        return {FILE: self.file} if self.file else {}
 
     def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
         """int32 (n, length). **Errors:** DataError that quotes a text which does not fit and, as `where`, says whose it is."""
@@ -47,6 +61,53 @@ class Tokenizer:
     def digest(self) -> str:
         """sha256 of the file, or "" where there is none."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several tokenizers of the same text, for encoders that stand side by side (flowjax.models.text_encoders): the ids of the first,
+    then those of the second, in one row. vocab and lengths have one number for each."""
+
+    parts: tuple[Tokenizer, ...]
+    pad = 0
+    file = None
+
+    def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
+        return np.concatenate([part(texts, where) for part in self.parts], axis=1)
+
+    @property
+    def vocab(self) -> list[int]:
+        return [part.vocab for part in self.parts]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [part.length for part in self.parts]
+
+    @property
+    def length(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def files(self) -> dict[str, pathlib.Path]:
+        return {_numbered(i): part.file for i, part in enumerate(self.parts) if part.file}
+
+    @property
+    def digest(self) -> str:
+        digests = [part.digest for part in self.parts]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest() if any(digests) else ""
+
+
+def mismatch(tokenizer, vocab, lengths=None) -> str:
+    """What keeps text encoders with these vocabularies and lengths (numbers, or lists of them) from reading the ids of a tokenizer,
+    or ""."""
+    knows, has = (list(v) if isinstance(v, list | tuple) else [v] for v in (vocab, tokenizer.vocab))
+    if len(knows) != len(has):
+        return f"{len(knows)} text encoder{'s' * (len(knows) > 1)}, but {len(has)} tokenizer{'s' * (len(has) > 1)}"
+    if lengths is not None and [*lengths] != tokenizer.lengths:
+        return f"text encoders of {[*lengths]} tokens, but tokenizers that make {tokenizer.lengths}"
+    if less := [(k, h) for k, h in zip(knows, has) if k < h]:
+        return f"a text encoder of vocab = {less[0][0]}, but the tokenizer has {less[0][1]} tokens"
+    return ""
 
 
 def _bytes(length: int, truncate: bool = False) -> Tokenizer:
@@ -69,6 +130,8 @@ def _file(path: str, length: int, pad: int = 0, truncate: bool = False) -> Token
         raise DataError(f"{file} is not a file of the tokenizers library ({error})") from None
     inner.no_truncation()  # both are done here, where they are seen
     inner.no_padding()
+    if truncate:  # by the library, which cuts words and keeps the special tokens around them
+        inner.enable_truncation(_length(length))
     vocab = inner.get_vocab_size()
     if not 0 <= pad < vocab:
         raise ConfigError(f"text.pad = {pad} is outside the vocabulary, 0..{vocab - 1}")
@@ -81,7 +144,64 @@ def _length(length: int) -> int:
     return length
 
 
-TOKENIZERS = {"bytes": _bytes, "file": _file}
+def _joined(parts: tuple) -> Joined:
+    if len(parts) < 2:
+        raise ConfigError(f"text.parts = {parts!r} should be at least two sections of tokenizers")
+    built = tuple(build(part, f"text.parts[{i}]") for i, part in enumerate(parts))
+    if any(isinstance(part, Joined) for part in built):
+        raise ConfigError("text.parts are single tokenizers, none of them joined")
+    return Joined(built)
+
+
+def _export(path: str):
+    return build(resolved({"name": "export", "path": path}), "text")
+
+
+TOKENIZERS = {"bytes": _bytes, "file": _file, "joined": _joined, "export": _export}
+
+
+def _numbered(i: int) -> str:
+    return FILE.replace(".", f"_{i}.")
+
+
+def resolved(section):
+    """The section of a tokenizer, that of an export replaced by what stands there, files and all."""
+    if not section or keywords(section)["name"] != "export":
+        return section
+    folder = pathlib.Path(keywords(section).get("path", "")).expanduser()
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("text")
+    except (OSError, json.JSONDecodeError):
+        raise ConfigError(f"text.path = {str(folder)!r} is neither an export nor a workdir: it has no config.json to read") from None
+    if not found:
+        raise ConfigError(f"text.path = {str(folder)!r} is an export without a tokenizer")
+    return kept(found, folder)
+
+
+def stored(section, folder) -> dict:
+    """A tokenizer's section whose files are those that were written to the folder, under the names of `Tokenizer.files`."""
+
+    def placed(part, name):
+        part = keywords(part)
+        return {**part, "path": str(folder / name)} if part["name"] == "file" else part
+
+    section = keywords(section)
+    if section["name"] == "joined":
+        return {**section, "parts": [placed(part, _numbered(i)) for i, part in enumerate(section["parts"])]}
+    return placed(section, FILE)
+
+
+def kept(section, folder) -> dict:
+    """`stored` where the files are there (an export); the section as it is where they are not (a workdir, which names its own)."""
+    own = stored(section, folder)
+    paths = [part.get("path") for part in map(keywords, own.get("parts", [own]))]
+    return own if all(path is None or (folder / path.rpartition("/")[2]).exists() for path in paths) else keywords(section)
+
+
+def placeless(section) -> dict:
+    """A tokenizer's section without the places of its files."""
+    section = {k: v for k, v in keywords(section).items() if k != "path"}
+    return section | ({"parts": [placeless(part) for part in section["parts"]]} if "parts" in section else {})
 
 
 def captions(path: str, split: str) -> list[str]:
@@ -92,7 +212,7 @@ def captions(path: str, split: str) -> list[str]:
     if "caption" not in reader.manifest["features"]:
         raise ConfigError(f"{path} has no captions")
     parts = np.array_split(np.arange(len(reader)), -(-len(reader) // 1024))  # a record holds its image too
-    return [c for part in parts for text in reader.read(part)["caption"] for c in text.split("\n")]
+    return [c for part in parts for text in reader.read(part, ("caption",))["caption"] for c in text.split("\n")]
 
 
 def learn(texts: list[str], vocab: int):

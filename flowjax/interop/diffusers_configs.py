@@ -66,7 +66,8 @@ def read_sd3(c: Fields) -> dict:
     }  # fmt: skip
     conditions = {"text": [333, c.take("joint_attention_dim", 4096)], "pooled": [c.take("pooled_projection_dim", 2048)]}
     sample = {"steps": 28, "sampler": "euler", "grid": {"name": "uniform", "shift": 3.0}, "guidance": {"name": "cfg", "scale": 7.0}}
-    return {"model": model, "shape": image(size, channels), "conditions": conditions, "sample": sample} | FLOW
+    # Without a prompt it is given the empty one, not the zeros that stand for a caption that is dropped in training.
+    return {"model": model, "shape": image(size, channels), "conditions": conditions, "sample": sample, "null": "empty prompt"} | FLOW
 
 
 def write_sd3(net, info) -> dict:

@@ -137,17 +137,20 @@ def describe(library: str, model: str, config: Mapping, where: str = "config.jso
         found["shape"] = [*size, found["shape"][-1]]
     if None in found["shape"]:
         raise ConfigError(f"{where} does not say the size of the images: give --size")
+    return info_of(found, {"library": library, "model": model, "config": dict(config)}, meaning)
+
+
+def info_of(found: Mapping, source: Mapping, meaning: Mapping | None = None) -> dict:
+    """The info of an export of what was found in a config: {"model", "shape", "conditions", ...}, made from `source`."""
     base = settings.defaults()
     network = {k: (meaning or {}).get(k) or found.get(k, base[k]) for k in NETWORK if k != "model"} | {"model": found["model"]}
     sections = {"sample": {**base["sample"], "count": 16, **found.get("sample", {})}, "evaluate": {**base["evaluate"], "batch": 16}}
     info = {
         **network, "shape": found["shape"], "image_shape": found["shape"], "num_classes": found.get("num_classes", 0),
         "conditions": found["conditions"], "text": None, "data": {}, "frozen": {}, "step": 0, "weights": "imported",
-        "config": {**base, **network, **sections}, "source": {"library": library, "model": model, "config": dict(config)},
+        "config": {**base, **network, **sections}, "source": source,
     }  # fmt: skip
-    if "latents" in found:
-        info["latents"] = found["latents"]
-    return settings.plain(info)
+    return settings.plain(info | {k: found[k] for k in ("latents", "null") if k in found})
 
 
 def load(source, library: str, model: str, config=None, **options) -> tuple[dict, dict]:

@@ -20,6 +20,7 @@ from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
 from flowjax.models.t5 import T5Encoder
 from flowjax.models.text import TextTransformer
+from flowjax.models.text_encoders import TextEncoders
 from flowjax.models.two_tower import TwoTower
 from flowjax.models.unet import UNet
 from flowjax.models.vae import AutoencoderKL
@@ -45,6 +46,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "patch_gan": PatchGAN,
     "t5": T5Encoder,
     "text": TextTransformer,
+    "text_encoders": TextEncoders,
     "two_tower": TwoTower,
     "unet": UNet,
     "vit": ViT,

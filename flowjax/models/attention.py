@@ -29,7 +29,29 @@ SPLASH_BLOCKS = (512, 256, 128)
 SPLASH_FROM = 1024  # tokens; below, XLA fuses the small matrix well enough and nothing is padded
 LAYOUT = ("batch", "seq", "act_heads", None)  # of q, k, v and the result
 
+SEEN = "attention"  # collection of queries and keys, for who asks for it (mutable = [SEEN]); nobody else pays for it
+_STACKS = ("dual_blocks", "blocks", "context_blocks")  # parameters of scanned layers, in the order of their layers
+
 _log = logging.getLogger("flowjax.attention")
+
+
+def show(module, q, k):
+    """Put the queries and keys of this attention layer into the collection SEEN."""
+    if not module.is_initializing():
+        module.sow(SEEN, "qk", (q, k), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
+def seen(layers) -> list[tuple[jax.Array, jax.Array]]:
+    """(q, k), each (B, N, heads, head_dim), of the self-attention of every layer of a network, from its collection SEEN."""
+    single = lambda tree: [name for name in tree if name.startswith("block_")]  # noqa: E731
+    if not single(layers) and not layers.keys() & {*_STACKS}:
+        layers = layers["encoder"]  # a masked autoencoder's
+    found = []
+    for name in _STACKS:
+        if name in layers:
+            q, k = layers[name]["attn"]["qk"]
+            found += [(q[i], k[i]) for i in range(len(q))]
+    return found + [layers[name]["attn"]["qk"] for name in sorted(single(layers), key=lambda name: int(name.removeprefix("block_")))]
 
 
 def attention(q, k, v, mask=None, implementation: str = "auto"):

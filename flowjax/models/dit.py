@@ -18,7 +18,7 @@ from flowjax.conditions import need
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
-from flowjax.models.attention import LAYOUT, attention
+from flowjax.models.attention import LAYOUT, attention, show
 from flowjax.models.remat import REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
@@ -89,6 +89,7 @@ class Attention(nn.Module):
         self, x: jax.Array, context: jax.Array | None = None, angles: jax.Array | None = None, mask: jax.Array | None = None
     ) -> jax.Array:
         q, k, v = queries_keys_values(x, self.heads, self.qk_norm, angles, self.dtype, context=context)
+        show(self, q, k)
         y = attention(q, k, v, mask, self.implementation)
         y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
         y = L.Linear(x.shape[-1], ("heads", "embed"), dtype=self.dtype, name="out")(y)

@@ -20,7 +20,7 @@ from flowjax.conditions import CAPTION, need
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
-from flowjax.models.attention import LAYOUT, attention
+from flowjax.models.attention import LAYOUT, attention, show
 from flowjax.models.dit import EPS, Attention, Head, check_sizes, modulation, patchify, queries_keys_values, unpatchify
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
@@ -65,6 +65,7 @@ class JointAttention(nn.Module):
         width, length = image.shape[-1], text.shape[1]
         of_text = queries_keys_values(text, self.heads, self.qk_norm, None, self.dtype, "text_")
         of_image = queries_keys_values(image, self.heads, self.qk_norm, angles, self.dtype, "image_")
+        show(self, *of_image[:2])
         q, k, v = (constrain(jnp.concatenate(pair, axis=1), *LAYOUT) for pair in zip(of_text, of_image, strict=True))
         y = attention(of_image[0] if self.image_only else q, k, v, implementation=self.implementation)
         y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flowjax.models.attention import SEEN
 from flowjax.models.remat import REMAT
 
 
@@ -41,7 +42,7 @@ def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", 
             body,
             length=length,
             in_axes=(0, 0, *(nn.broadcast,) * len(inputs)),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, SEEN: 0},
             split_rngs={"params": True, "dropout": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

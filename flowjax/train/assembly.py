@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 
 from flowjax import conditions, generate, objectives
 from flowjax.config import ConfigError, bind, keywords, lookup
-from flowjax.data import latents
+from flowjax.data import text as text_lib
 from flowjax.data.pipeline import pipeline
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
@@ -25,8 +26,8 @@ CODECS = ("vae", "text")
 NETWORK = ("model", "path", "prediction", "input_scaling")
 
 
-def build_roles(config, objective):
-    """(roles, loaded): every role of the run, and (params, info) of those that come from a checkpoint."""
+def build_roles(config, objective, place=None):
+    """(roles, loaded): every role of the run, and (params, info) of those that come from a checkpoint, placed as export.load does."""
     roles, loaded = {}, {}
     known = {*objective.roles, *CODECS}
     for name in config["roles"]:
@@ -45,7 +46,7 @@ def build_roles(config, objective):
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
             if any(section[k] for k in (*NETWORK, "optimizer", "every", "lora")) or section["updates"] != 1:
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
-            roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+            roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}", place=place)
             usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
             wanted = objective.kinds.get(name, usual)
             if wanted and roles[name].module.kind != wanted:
@@ -63,7 +64,7 @@ def build_roles(config, objective):
             if roles[name].module.kind != wanted:
                 raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {wanted!r} as {name!r}")
             if section.get("checkpoint"):
-                saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
+                saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}", place=place)
                 where = f"roles.{name}.checkpoint = {section['checkpoint']!r}"
                 same_meaning(saved, roles[name], where, ("path", "prediction", "scaling"))
                 loaded[name] = params, info
@@ -108,7 +109,8 @@ class Run:
         for count in self.updates.values():
             mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh, count)
         self.pipeline = data or self.stream("train", config["seed"])
-        self.roles, self.loaded = build_roles(config, self.objective)
+        self.here = {*self.mesh.devices.flat} <= {*jax.devices()}
+        self.roles, self.loaded = build_roles(config, self.objective, self._shards if self.here else None)
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
         self.encoded, self.embedded = self._encoded(), self._embedded()
@@ -160,9 +162,8 @@ class Run:
             vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
             if fields and self.tokenizer.pad:
                 raise ConfigError(f"text.pad = {self.tokenizer.pad}, but a text encoder that is trained here takes token 0 for padding")
-            if vocab and vocab < self.tokenizer.vocab:
-                where = "model" if name == "net" else f"roles.{name}"
-                raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.tokenizer.vocab} tokens")
+            if vocab and (wrong := text_lib.mismatch(self.tokenizer, vocab, getattr(role.module, "lengths", None))):
+                raise ConfigError(f"{'model' if name == 'net' else f'roles.{name}'}: {wrong}")
         idle = {*self.example[1]} - {"label"} - self.read - self.objective.conditions.keys()  # of those the objective takes care
         if ("text" in self.roles or "embedded" in self.pipeline.manifest) and self.read & {"text", "pooled"}:
             idle -= {"text", "pooled"}  # the encoder gives both, and one may be all that is needed
@@ -226,9 +227,8 @@ class Run:
         if not (self.embedded and "text" in self.roles):
             return self.pipeline.tokenizer, self.pipeline.tokenizer and self.pipeline.text
         manifest = self.pipeline.manifest
-        path, section = manifest.get("parts", [manifest])[0]["path"], manifest["embedded"]["section"]
-        if manifest["tokenizer"]["sha256"]:
-            section = {**section, "path": f"{path}/{latents.TOKENIZER}"}
+        path = manifest.get("parts", [manifest])[0]["path"]
+        section = text_lib.stored(manifest["embedded"]["section"], pathlib.Path(path).expanduser())
         return export.tokenizer_of(path, {"text": section, "data": manifest}), section
 
     def _example(self):
@@ -309,10 +309,16 @@ class Run:
             ema={k: mesh_lib.like(abstract.ema[k], abstract.params[of], places[of]) for k, (_, of) in self.averages.items()},
         )
         self.target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, self.shardings)
-        here = {*self.mesh.devices.flat} <= {*jax.devices()}
-        put = lambda v, at=replicated: jax.device_put(v, at) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=at)  # noqa: E731
-        absent = {*self.trained} | ({"vae"} if self.encoded else set()) | ({"text"} if self.embedded else set())
-        self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in absent}
+        put = lambda v, at: jax.device_put(v, at) if self.here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=at)  # noqa: E731
+        placed = {}  # frozen networks lie as they would if they were trained
+        for name in self.loaded.keys() - {*self.trained}:
+            params, info = self.loaded[name]
+            placed[name] = jax.tree.map(put, params, self._shards(export.boxed(self.roles[name], info)))
+            if self.here:
+                self.loaded[name] = placed[name], info  # another copy, of an adapter that was merged, say, can go
+        self.codecs = {k: placed[k] for k in CODECS if k in placed}
+        absent = [k for k, away in (("vae", self.encoded), ("text", self.embedded)) if away]
+        self.frozen = {k: placed[k] for k in self.loaded if k in placed and k not in absent}
         self._merge = {}
         for name in self.trained:
             if self.roles[name].lora is not None:  # what is adapted lies where it would lie if it were trained
@@ -322,6 +328,10 @@ class Run:
                 self.frozen[name] = jax.tree.map(put, base, held(at))
                 merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
                 self._merge[name] = jax.jit(merge, out_shardings=at)
+
+    def _shards(self, boxed):
+        """Where parameters lie whose axes have names."""
+        return sharding.param_specs(boxed, self.mesh, self.rules)
 
     def whole(self, name: str, params):
         """The parameters of a trained role's network, of which `params` are trained or averaged (flowjax.train.roles.Role)."""
@@ -390,16 +400,22 @@ class Run:
         return jax.jit(on_mesh, out_shardings=jax.NamedSharding(self.mesh, jax.P()))
 
     def sampler(self, section):
-        """jitted sample(params, seed, indices, cond) of the role "net" (see flowjax.generate), as a `sample` section says."""
+        """jitted sample(drawing(params), seed, indices, cond) of the role "net" (see flowjax.generate), as a `sample` section says."""
         shape = self.example[0].shape[1:]
         guidance, besides = generator.second_network(section["guidance"], shape)
-        codec, text = (self.roles[k].net(self.loaded[k][0]) if k in self.roles else None for k in CODECS)
-        options = {k: section[k] for k in ("steps", "sampler", "grid")}
-        negative = self.tokens([section["negative"]], "sample.negative") if section["negative"] else None
-        made = generate.make(
-            self.roles["net"], shape, guidance=guidance, besides=besides, codec=codec, text=text, negative=negative, **options
-        )
-        return self.jit(made)
+        options = {k: section[k] for k in ("steps", "sampler", "grid")} | {"guidance": guidance, "besides": besides}
+        options["negative"] = self.tokens([section["negative"]], "sample.negative") if section["negative"] else None
+
+        def sample(weights, *asked):
+            params, codecs = weights
+            nets = {k: self.roles[k].net(v) for k, v in codecs.items()}
+            return generate.make(self.roles["net"], shape, codec=nets.get("vae"), text=nets.get("text"), **options)(params, *asked)
+
+        return self.jit(sample)
+
+    def drawing(self, params):
+        """What a `sampler` takes: parameters of the role "net" with those of the networks between it and the user."""
+        return params, self.codecs
 
     def tokens(self, prompts, where: str):
         """{"tokens": ids} of prompts."""

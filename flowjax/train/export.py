@@ -4,7 +4,7 @@
     export/params/            orbax checkpoint
     export/model.safetensors  the same arrays, names joined by dots
     export/vae/, export/text/ exports of the frozen autoencoder and text encoder that the network works with
-    export/tokenizer.json     the tokenizer's file, where captions are tokenised by one
+    export/tokenizer.json     the tokenizer's file, where captions are tokenised by one (tokenizer_0.json, ... of several)
 
 The export of an adapter (flowjax.train.lora) holds the adapter alone; config.json says where its base is, with a hash of it, as
 the workdir of its training does.
@@ -64,20 +64,11 @@ def role_of(info: dict, where: str):
     return dataclasses.replace(role, lora=lora.build(section, f"{where}.lora", info["lora"].get("added", ())))
 
 
-def abstract(role, info: dict):
-    """Shapes of the role's parameters, or of its adapter, placed on one device (on all, replicated, when there are several
-    processes)."""
-    from flax.core import meta
-
-    if jax.process_count() == 1:
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    else:
-        place = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), jax.P())
-
+def boxed(role, info: dict):
+    """Shapes of the role's parameters, or of its adapter, with the names of their axes."""
     x = jnp.zeros((1, *info["shape"]), jnp.float32)
     cond = conditions.zeros(info.get("conditions") or ({"label": ()} if info.get("num_classes") else {}), 1)
-    shapes = meta.unbox(jax.eval_shape(lambda k: role.trained(k, role.init(k, x, cond)), jax.random.key(0)))
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    return jax.eval_shape(lambda k: role.trained(k, role.init(k, x, cond)), jax.random.key(0))
 
 
 def local(params):
@@ -85,13 +76,29 @@ def local(params):
     return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), params)
 
 
-def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
+def abstract(role, info: dict, place=None):
+    """Shapes of the role's parameters, or of its adapter, with the shardings that place(boxed shapes) gives; without, on one device
+    (on all, replicated, when there are several processes)."""
+    from flax.core import meta
+
+    shapes = boxed(role, info)
+    if place is not None:
+        return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), meta.unbox(shapes), place(shapes))
+    if jax.process_count() == 1:
+        at = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    else:
+        at = jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), jax.P())
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), meta.unbox(shapes))
+
+
+def load(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0, place=None):
     """(role, params, info) from an export, or from a workdir's newest intact checkpoint; an adapter is merged with its base.
 
     weights, for a workdir: the name of an average ("ema"), or "params" for the raw weights; posthoc_std > 0: instead, the
     power average of that width, reconstructed from the run's snapshots (flowjax.train.posthoc). An export has one set.
+    place: see `abstract`; a network larger than one device is read into its shards.
     """
-    role, params, info = stored(path, weights, step, where, posthoc_std)
+    role, params, info = stored(path, weights, step, where, posthoc_std, place)
     if role.lora is None:
         return role, params, info
     merged = jax.jit(lambda params, base: role.whole(params, base))(params, base_of(path, info, where))
@@ -117,12 +124,12 @@ def same_base(info, base, where: str):
         raise ConfigError(f"{where} adapts another base than this: {told}")
 
 
-def stored(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0):
+def stored(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0, place=None):
     """`load` without the base of an adapter: the role has a `lora` then, and the params are the adapter's."""
     path = files.path(path)
     info = info_of(path)
     role = role_of(info, where)
-    target = abstract(role, info)
+    target = abstract(role, info, place)
     if (path / "params").exists():
         return role, ck.load_checked(path / "params", target, info["fingerprints"]), info
     if not (path / "checkpoints").exists():
@@ -150,8 +157,9 @@ def _origin(path, info, name: str):
     return (section["checkpoint"], section["weights"]) if section else None
 
 
-def _companion(path, info, name: str, where: str):
-    """(role, params, info) of that frozen role, or None; ConfigError where it is not what the network was trained with."""
+def companion_of(path, info, name: str, where: str):
+    """(role, params, info) of the frozen role `name` (vae, text) that a network works with, or None; ConfigError where it is another
+    than the one that it was trained with."""
     if (origin := _origin(path, info, name)) is None:
         return None
     role, params, its_info = load(*origin, where=where)
@@ -165,7 +173,7 @@ def _companion(path, info, name: str, where: str):
 
 def companion(path, info, name: str, where: str = "checkpoint"):
     """The callable of the frozen role `name` that a network works with ("vae": Latents, "text": a text encoder), or None."""
-    found = _companion(path, info, name, f"{where}: {name}")
+    found = companion_of(path, info, name, f"{where}: {name}")
     return found and found[0].net(local(found[1]))
 
 
@@ -177,13 +185,27 @@ def tokenizer_of(path, info):
         raise ConfigError(f"{path} takes embedded captions and has no text encoder for prompts: train with roles.text, the one that embedded them")
     if not info.get("text"):
         raise ConfigError(f"{path} was not trained with captions (data.text)")
-    section = info["text"]
-    if section["name"] == "file" and (own := files.path(path) / "tokenizer.json").exists():
-        section = {**section, "path": str(own)}
-    found = text.build(section, "text")
+    found = text.build(tokenizer_section(path, info), "text")
     if (was := info["data"].get("tokenizer", {}).get("sha256", found.digest)) != found.digest:
-        raise ConfigError(f"{section['path']} is not the tokenizer that {path} was made with (sha256 {found.digest[:12]}, was {was[:12]})")
+        held = ", ".join(map(str, found.files.values()))
+        raise ConfigError(f"{held} is not the tokenizer that {path} was made with (sha256 {found.digest[:12]}, was {was[:12]})")
     return found
+
+
+def tokenizer_section(path, info) -> dict:
+    """The section of `tokenizer_of`, with the files that an export has of its own."""
+    from flowjax.data import text
+
+    return text.kept(info["text"], files.path(path))
+
+
+def write_tokenizer(out, contents: dict):
+    """Make {name: content} the tokenizer's files of an export directory, and remove those of another one."""
+    out = files.path(out)
+    for old in list(out.glob("tokenizer*.json")):
+        old.unlink()
+    for name, content in contents.items():
+        (out / name).write_bytes(content)
 
 
 def export(
@@ -199,9 +221,8 @@ def export(
         raise ConfigError(f"{source} holds a whole network, no adapter (roles.net.lora)")
     if latents is not None:
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
-    companions = {name: None if adapter else _companion(source, info, name, f"roles.{name}") for name in ("vae", "text")}
-    file = tokenizer_of(source, info).file if info.get("text") else None
-    tokenizer = file and file.read_bytes()
+    companions = {name: None if adapter else companion_of(source, info, name, f"roles.{name}") for name in ("vae", "text")}
+    tokenizer = {k: v.read_bytes() for k, v in tokenizer_of(source, info).files.items()} if info.get("text") else {}
     out = files.path(out)
     # What stands there stops being an export before any part of it is replaced; nothing of another one may stay.
     (out / "config.json").unlink(missing_ok=True)
@@ -211,9 +232,7 @@ def export(
         elif (out / name / "config.json").exists():
             (out / name / "config.json").unlink()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.json").unlink(missing_ok=True)
-    if tokenizer is not None:
-        (out / "tokenizer.json").write_bytes(tokenizer)
+    write_tokenizer(out, tokenizer)
     write(out, params, info)
     return info
 

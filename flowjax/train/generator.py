@@ -14,7 +14,7 @@ from flowjax.train import mesh as mesh_lib
 
 
 class Generator(NamedTuple):
-    """Call it for samples; `info` describes the network (flowjax.train.export).
+    """Call it for samples; `info` describes the network (flowjax.train.export), params are its own and those of its companions.
 
     They are made on all devices of this process, each of which has the parameters and makes some of a batch's rows. Of several
     processes each makes what it is asked for.
@@ -75,16 +75,24 @@ def build(role, params, info, source, settings: dict | None = None, decode: bool
         shape = resized(info, size)
     if prompt := options.pop("negative"):
         options["negative"] = {"tokens": export.tokenizer_of(source, info)([prompt], "sample.negative")}
-    given = {k: export.companion(source, info, role) for k, role in (("codec", "vae"), ("text", "text")) if decode or k != "codec"}
-    made, mesh = generate.make(role, shape, guidance=guidance, besides=besides, **given, **options), mesh_lib.make_mesh(devices=jax.local_devices())
+    elif info.get("null") == "empty prompt" and info.get("text") and guidance != "none":
+        options["null"] = {"tokens": export.tokenizer_of(source, info)([""], "the empty prompt")}
+    found = {k: export.companion_of(source, info, k, f"checkpoint: {k}") for k in ("vae", "text") if decode or k != "vae"}
+    roles = {k: its for k, (its, *_) in ((k, v) for k, v in found.items() if v)}
 
-    def on_mesh(*arguments):
+    mesh = mesh_lib.make_mesh(devices=jax.local_devices())
+
+    def sample(weights, *asked):
+        params, others = weights  # of every network, so that none of them is a constant of the program
+        nets = {k: its.net(others[k]) for k, its in roles.items()}
+        how = {"guidance": guidance, "besides": besides, "codec": nets.get("vae"), "text": nets.get("text"), **options}
         with sharding.use(mesh):
-            return made(*arguments)
+            return generate.make(role, shape, **how)(params, *asked)
 
     everywhere, rows = jax.NamedSharding(mesh, jax.P()), mesh_lib.batch_sharding(mesh)
-    sample = jax.jit(on_mesh, in_shardings=(everywhere, everywhere, rows, rows), out_shardings=rows)
-    return Generator(sample, jax.device_put(export.local(params), everywhere), info)
+    sample = jax.jit(sample, in_shardings=(everywhere, everywhere, rows, rows), out_shardings=rows)
+    weights = export.local((params, {k: found[k][1] for k in roles}))
+    return Generator(sample, jax.device_put(weights, everywhere), info)
 
 
 def resized(info, size):

@@ -341,10 +341,10 @@ def _drawer(this, workdir):
     sample = this.sampler(section)
     count, cond = section["count"], this.asked(section)
     # Traced now, so that a bad sampler is refused before training, not at the first picture.
-    jax.eval_shape(sample, this.network, section["seed"], np.arange(count), cond)
+    jax.eval_shape(sample, this.drawing(this.network), section["seed"], np.arange(count), cond)
 
     def draw(state, step):
-        x = generate.run(sample, weights(state), cond, count, seed=section["seed"])
+        x = generate.run(sample, this.drawing(weights(state)), cond, count, seed=section["seed"])
         if jax.process_index() == 0:
             pictures.samples(x, workdir / "samples" / f"{step:07d}.png", cond.get("label"))
 
@@ -392,6 +392,7 @@ def _facts(this, train_step, compiled, state, drawn, rate):
         "mesh": {**dict(this.mesh.shape), "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}", "processes": jax.process_count()},
         "memory per device": {
             "state": card.human(card.bytes_per_device(state), "B"),
+            **({"frozen networks": card.human(card.bytes_per_device(this.frozen), "B")} if this.frozen else {}),
             "temporaries of the step": card.human(memory.temp_size_in_bytes, "B") if memory else "unknown",
         },
         "cost": {"flops_per_step": flops_per_step, "per step": card.human(flops_per_step, "FLOP")},

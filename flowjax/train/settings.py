@@ -134,7 +134,14 @@ def resolve(config) -> dict:
         value = (merged[section[0]] if section else merged)[key]
         if value is None or value < least:
             raise ConfigError(f"config.{name} = {value} should be at least {least}")
-    return plain(merged)
+    return _unnamed(plain(merged))
+
+
+def _unnamed(value):
+    """{"name": "none"} is what a command line can put in place of a section; "none" is what it says."""
+    if isinstance(value, dict):
+        return "none" if value == {"name": "none"} else {k: _unnamed(v) for k, v in value.items()}
+    return [_unnamed(v) for v in value] if isinstance(value, list) else value
 
 
 def _role(name: str, section) -> dict:
