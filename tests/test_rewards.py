@@ -63,7 +63,7 @@ def test_overshoot_earns_nothing():
     assert float(value) == 0.5 and not grad.any()
 
 
-@pytest.mark.parametrize("name", sorted({*rewards.REWARDS} - {"agreement"}))
+@pytest.mark.parametrize("name", sorted({*rewards.REWARDS} - {*rewards.JUDGES}))
 def test_gradients_are_those_of_differences(name):
     with jax.enable_x64(True):
         x, way = jax.random.uniform(jax.random.key(1), (2, 2, 4, 6, 3), minval=-0.9, maxval=0.9)
@@ -77,7 +77,7 @@ class Judge:
     """Logits that are the first pixels; tells what time it was asked at."""
 
     def __init__(self, time):
-        self.module, self.asked = types.SimpleNamespace(time=time), []
+        self.module, self.asked = types.SimpleNamespace(time=time, kind="classifier"), []
 
     def __call__(self, x, t):
         self.asked.append(t)
@@ -102,7 +102,7 @@ def test_plain_errors():
         ({"ink": 0.0}, "asks for nothing"), ({}, "asks for nothing"),
         ({"ink": "much"}, "objective.reward.ink = 'much' should be a number"),
         ({"beauty": 1}, "objective.reward = 'beauty' is unknown; valid: agreement, blue"), (3, "objective.reward = 3 should be a name"),
-        ("agreement", "'agreement' needs roles.reward.checkpoint"),
+        ("agreement", "'agreement' asks a classifier: roles.reward.checkpoint"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             rewards.score(section, x)
