@@ -14,6 +14,7 @@ STUDIES = {
     "ablations": "prediction, time law, guidance scale, average length, sampler order",
     "designs": "conditioning, patch size, image or velocity, time shift, representation alignment, label drop",
     "distillation": "every road from many steps to one, at equal compute",
+    "reward_model": "a reward model of the digits from labels of growing noise: accuracy, calibration",
     "mnist": "latent diffusion of MNIST",
     "emoji": "emoji from captions",
     "plans": "what pods would do, compiled without one",
