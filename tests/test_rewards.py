@@ -122,6 +122,19 @@ def test_a_reward_of_the_wrong_shape_is_refused(monkeypatch):
         rewards.score("per pixel", jnp.zeros((2, 4, 4, 1)))
 
 
+def test_a_reward_that_is_not_a_number_is_refused(monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "odd", lambda images: jnp.where(images[:, 0, 0, 0] > 0, jnp.nan, 1.0))
+    with pytest.raises(ConfigError, match="reward 'odd' is not a number for 1 of 3 images"):
+        evals.reward("odd", np.concatenate([image([[0]]), image([[255]]), image([[0]])]), None)
+
+
+def test_rankings_are_best_first_and_ties_are_left_out():
+    x = np.arange(9).reshape(3, 3)
+    ranked, kept = evals.ranked(x, np.array([[0.1, 0.5, 0.3], [1.0, 1.0, 2.0], [3.0, 2.0, 1.0]]))
+    np.testing.assert_array_equal(ranked, [[1, 2, 0], [6, 7, 8]])
+    np.testing.assert_array_equal(kept, [True, False, True])
+
+
 def test_win_rate_counts_ties_half_and_is_antisymmetric():
     a, b = [1.0, 2.0, 3.0, 0.0], [0.0, 2.0, 4.0, -1.0]
     assert evals.win_rate(a, b) == pytest.approx((1 + 0.5 + 0 + 1) / 4)
