@@ -23,9 +23,9 @@ def main():
 
     seed, count = max(0, sampling.SEED.value), sampling.COUNT.value or 1000
     out, scores = {}, {}
-    judge, score = None, judging.scorer()
+    judge, score, mine = None, judging.scorer(), sampling.load()
     for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
-        role, params, info = sampling.load() if name == "checkpoint" else export.load(checkpoint, sampling.WEIGHTS.value)
+        role, params, info = mine if name == "checkpoint" else export.load(checkpoint, sampling.WEIGHTS.value)
         chosen, (_, cond, prompts) = sampling.options(info), sampling.asked(checkpoint, info, count)
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = score(x, cond.get("label"), prompts)
