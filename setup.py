@@ -44,7 +44,7 @@ setup(
         "text": ["tokenizers>=0.20"],  # data.text of name "file"
         # XLA's TPU compiler, for tools.plan on a machine without a TPU; keep it out of environments that run CPU tests.
         "plan": ["libtpu>=0.0.42,<0.0.43"],
-        "test": ["pytest>=8", "pytest-xdist>=3.7", "diffrax>=0.7", "tokenizers>=0.20"],
+        "test": ["pytest>=8", "pytest-xdist>=3.7", "diffrax>=0.7", "tokenizers>=0.20", "choix>=0.4"],
         # Independent implementations that tests compare with; torch must be a CPU build without torchvision.
         "oracle": ["torch==2.13.0", "diffusers==0.42.1", "torchmetrics==1.9.0", "transformers==5.23.0", "peft==0.21.2"],
     },

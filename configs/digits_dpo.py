@@ -1,6 +1,6 @@
 """Diffusion-DPO on the digits: prefer more ink.
 
-    python -m tools.make_pairs --checkpoint=runs/digits --reward=ink --out=runs/pairs
+    python -m tools.prefer --checkpoint=runs/digits --reward=ink --out=runs/pairs
     python -m experiments.train --config=configs/digits_dpo.py --workdir=runs/digits_dpo
     python -m tools.win_rate --checkpoint=runs/digits_dpo --against=runs/digits --reward=ink
 

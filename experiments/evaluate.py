@@ -1,7 +1,8 @@
 """Evaluate: python -m experiments.evaluate --checkpoint=<export or workdir> [--count=1000 --guidance=none --seed=1 ...]
 
 Samples, measures against the held-out split of the run's data, and writes one protocol record (JSON) per setting. For an
-autoencoder: PSNR and SSIM of the held-out split's reconstructions.
+autoencoder: PSNR and SSIM of the held-out split's reconstructions. For a reward model: how many of the held-out preferences it
+shares, and whether it is calibrated.
 
 All devices make samples. Several processes, started as those of experiments.train are, make and look at a share each; the
 numbers are those of one process, and process 0 writes them.
@@ -47,6 +48,21 @@ def _share(count, of: str):
     if count < jax.process_count():
         raise ConfigError(f"{count} {of} are too few for {jax.process_count()} processes")
     return processes.share(count)
+
+
+def measure_reward(role, params, info, section):
+    """(circumstances, results) of a reward model on the held-out split of its preferences."""
+    from flowjax.data.pipeline import arrays
+    from flowjax.evals import rewards
+
+    given = [k for k in (*sampling.SAMPLING, "metrics", "features") if flags.FLAGS[k].present]
+    if given:
+        raise ConfigError(f"--{given[0]} means nothing for a reward model, which is measured on the held-out preferences")
+    data = arrays(info["config"]["data"], section["test_split"])
+    results = {"preferences": rewards.calibration(rewards.differences(role.net(params), data, section["batch"]))}
+    count = results["preferences"]["pairs"]
+    about = {"samples": count, "features": [], "reference": {section["test_split"]: {"count": count}}}
+    return {"sampler": "none", "steps": 0, "guidance": None, "label_rule": None, "seed": 0, **about}, results
 
 
 def captions(info, checkpoint, data, split, count):
@@ -150,6 +166,8 @@ def measure():
         info = {**info, "data": known, "config": {**info["config"], "data": other}}
     if role.module.kind == "autoencoder":
         circumstances, results = measure_autoencoder(role, params, info, section)
+    elif role.module.kind == "reward":
+        circumstances, results = measure_reward(role, params, info, section)
     else:
         circumstances, results = measure_samples(role, params, info, section, checkpoint)
     record = protocol.Record(

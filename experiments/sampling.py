@@ -8,7 +8,7 @@ from absl import flags
 from experiments.shell import section
 from flowjax.config import ConfigError
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An export, or the workdir of a run.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "An export, or the workdir of a run.")
 WEIGHTS = flags.DEFINE_string("weights", "ema", 'For a workdir: the name of an average, or "params".')
 COUNT = flags.DEFINE_integer("count", 0, "How many samples; 0: as in the run's config.", lower_bound=0)
 LABELS = flags.DEFINE_list(
@@ -39,6 +39,8 @@ def load():
     """(role, params, info) of --checkpoint with the adapters of --lora."""
     from flowjax.train import export
 
+    if not CHECKPOINT.value:
+        raise ConfigError("--checkpoint is missing: an export, or the workdir of a run")
     role, params, info = export.load(CHECKPOINT.value, WEIGHTS.value)
     if LORA.value:
         params, info = export.adapted(role, params, info, [adapter(text, role, params) for text in LORA.value])

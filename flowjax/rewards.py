@@ -1,6 +1,6 @@
 """Rewards: what post-training asks of an image; higher is better.
 
-    reward(images (B, H, W, C) in [-1, 1], labels (B,), judge) -> (B,)        each takes of these what it needs
+    reward(images (B, H, W, C) in [-1, 1], labels (B,), cond, judge) -> (B,)        each takes of these what it needs
 
 All are differentiable almost everywhere, and the same functions measure what a method has achieved (flowjax.evals.rewards). `score`
 takes a name, or {name: weight} of several: what is asked for is their weighted sum, and one of weight 0 is measured only.
@@ -57,6 +57,12 @@ def agreement(images, labels, judge):
     return jnp.take_along_axis(log_p, labels[:, None], axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
 
 
+def model(images, cond, judge):
+    """What a reward model (models.reward, objective reward_model) says. Only differences within one condition mean something: its
+    zero is arbitrary, so that a margin (ReFL) has to be found on samples of the reference."""
+    return judge(images, cond)
+
+
 REWARDS = {
     "ink": ink,
     "upper": upper,
@@ -65,7 +71,9 @@ REWARDS = {
     "green": _colour(1),
     "blue": _colour(2),
     "agreement": agreement,
+    "model": model,
 }
+JUDGES = {"agreement": "classifier", "model": "reward"}  # the kind of network that a reward asks
 
 
 def weights(section, where: str = "objective.reward") -> dict[str, float]:
@@ -82,24 +90,28 @@ def weights(section, where: str = "objective.reward") -> dict[str, float]:
     return {name: float(weight) for name, weight in section.items()}
 
 
-def score(section, images, labels=None, judge=None, where: str = "objective.reward"):
+def score(section, images, labels=None, judge=None, where: str = "objective.reward", cond=None):
     """(weighted sum (B,), {name: (B,)}) of the rewards of a section, float32 or wider.
 
-    judge: the callable of a classifier, which roles.reward supplies. Images are clipped to [-1, 1], as they are when they are
-    stored: what a model overshoots earns nothing. ConfigError where a reward lacks something, or where nobody asks the judge.
+    judge: the callable of a classifier or a reward model, which roles.reward supplies. cond: all that was asked for, for a reward
+    model; by default the labels. Images are clipped to [-1, 1], as they are when they are stored: what a model overshoots earns
+    nothing. ConfigError where a reward lacks something, or where nobody asks the judge.
     """
     asked = weights(section, where)
     if images.ndim != 4:
         raise ConfigError(f"{where}: rewards look at images (B, H, W, C), and these samples have the shape {images.shape}")
     images = jnp.clip(images.astype(jnp.promote_types(images.dtype, jnp.float32)), -1.0, 1.0)
-    known, each = {"images": images, "labels": labels, "judge": judge}, {}
+    cond = cond if cond is not None else {} if labels is None else {"label": labels}
+    known, each = {"images": images, "labels": labels, "judge": judge, "cond": cond}, {}
     for name in asked:
         needed = arguments(REWARDS[name])
         if "judge" in needed and judge is None:
-            raise ConfigError(f"{where}: {name!r} needs roles.reward.checkpoint, a classifier")
+            raise ConfigError(f"{where}: {name!r} asks a {JUDGES[name]}: roles.reward.checkpoint, or --reward_checkpoint")
+        if "judge" in needed and judge.module.kind != JUDGES[name]:
+            raise ConfigError(f"{where}: {name!r} asks a {JUDGES[name]}, and the network that is given is a {judge.module.kind}")
         each[name] = REWARDS[name](**{k: known[k] for k in needed})
         if each[name].shape != images.shape[:1]:
             raise ConfigError(f"{where}: {name!r} gave shape {each[name].shape} for {len(images)} images; it should be ({len(images)},)")
     if judge is not None and not any("judge" in arguments(REWARDS[name]) for name in asked):
-        raise ConfigError(f"roles.reward takes no part in {where} = {section!r}; of the rewards, 'agreement' asks it")
+        raise ConfigError(f"roles.reward takes no part in {where} = {section!r}; of the rewards, {' and '.join(map(repr, JUDGES))} ask one")
     return sum(weight * each[name] for name, weight in asked.items()), each

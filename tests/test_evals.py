@@ -177,8 +177,11 @@ def only(section):
 
 def test_train_images_as_samples_score_what_real_images_score_and_are_flagged():
     data = digits()
-    report = measure(data["train"]["x"], data["train"]["label"])
+    report = measure(data["train"]["x"], data["train"]["label"], metrics=tuple(METRICS))
     assert set(METRICS) < set(report)
+    ink = [((data[k]["x"] + 1) / 2).mean((1, 2, 3)) for k in ("train", "test")]
+    assert [report["reward"][k] for k in ("mean", "sd")] == pytest.approx([ink[0].mean(), ink[0].std()], abs=2e-3)  # of 8 bits
+    assert [report["reward"][f"{k}_real"] for k in ("mean", "sd")] == pytest.approx([ink[1].mean(), ink[1].std()], abs=2e-3)
     (name,) = report["frechet"]
     assert name == f"FD-{network('pixels').name}@1437"
     distances = report["frechet"][name]

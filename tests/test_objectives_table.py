@@ -3,6 +3,7 @@
 A new entry needs a case here: (expected loss as a function of parameters, the parameters that solve it, others that do not).
 """
 
+import itertools
 import types
 
 import jax
@@ -376,6 +377,20 @@ def diffusion_dpo():
     return lambda theta: player.loss({"net": near(reference, theta), "reference": reference}, both, None)[0], jnp.zeros(3), CURVE
 
 
+def reward_model():
+    """Rankings of three things as often as a race of exponential clocks of rates exp(r) ends in that order, by successive choices."""
+    optimum, orders = jnp.asarray([0.7, -0.4]), np.array(list(itertools.permutations(range(3))))
+    rates = np.exp([0.7, -0.4, 0.0])
+    chances = [rates[a] / rates.sum() * rates[b] / (rates[b] + rates[c]) for a, b, c in orders]
+    player = objectives.build("reward_model").players[0]
+
+    def loss(theta):
+        nets = {"net": lambda x, cond: jnp.append(theta, 0.0)[x[:, 0]]}
+        return quadrature.expected(lambda b: player.loss(nets, b, None), {"ranked": jnp.asarray(orders)[..., None], "cond": {}}, jnp.asarray(chances))
+
+    return loss, optimum, optimum + jnp.asarray([0.3, 0.2])
+
+
 def reward_batch(n):
     """What the loss tells of n samples besides."""
     return {"reward": jnp.zeros(n), "rewards": {}, "spread": jnp.zeros(n)}
@@ -593,6 +608,7 @@ CASES = {
     "meanflow": meanflow,
     "shortcut": shortcut,
     "guidance_distillation": guidance_distillation,
+    "reward_model": reward_model,
     "diffusion_dpo": diffusion_dpo,
     "flow_grpo": flow_grpo,
     "reward_feedback": reward_feedback,

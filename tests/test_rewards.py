@@ -63,7 +63,7 @@ def test_overshoot_earns_nothing():
     assert float(value) == 0.5 and not grad.any()
 
 
-@pytest.mark.parametrize("name", sorted({*rewards.REWARDS} - {"agreement"}))
+@pytest.mark.parametrize("name", sorted({*rewards.REWARDS} - {*rewards.JUDGES}))
 def test_gradients_are_those_of_differences(name):
     with jax.enable_x64(True):
         x, way = jax.random.uniform(jax.random.key(1), (2, 2, 4, 6, 3), minval=-0.9, maxval=0.9)
@@ -77,7 +77,7 @@ class Judge:
     """Logits that are the first pixels; tells what time it was asked at."""
 
     def __init__(self, time):
-        self.module, self.asked = types.SimpleNamespace(time=time), []
+        self.module, self.asked = types.SimpleNamespace(time=time, kind="classifier"), []
 
     def __call__(self, x, t):
         self.asked.append(t)
@@ -102,7 +102,7 @@ def test_plain_errors():
         ({"ink": 0.0}, "asks for nothing"), ({}, "asks for nothing"),
         ({"ink": "much"}, "objective.reward.ink = 'much' should be a number"),
         ({"beauty": 1}, "objective.reward = 'beauty' is unknown; valid: agreement, blue"), (3, "objective.reward = 3 should be a name"),
-        ("agreement", "'agreement' needs roles.reward.checkpoint"),
+        ("agreement", "'agreement' asks a classifier: roles.reward.checkpoint"),
     ]:  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             rewards.score(section, x)
@@ -120,6 +120,19 @@ def test_a_reward_of_the_wrong_shape_is_refused(monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "per pixel", lambda images: images.mean(axis=(2, 3)))
     with pytest.raises(ConfigError, match=r"'per pixel' gave shape \(2, 4\) for 2 images; it should be \(2,\)"):
         rewards.score("per pixel", jnp.zeros((2, 4, 4, 1)))
+
+
+def test_a_reward_that_is_not_a_number_is_refused(monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "odd", lambda images: jnp.where(images[:, 0, 0, 0] > 0, jnp.nan, 1.0))
+    with pytest.raises(ConfigError, match="reward 'odd' is not a number for 1 of 3 images"):
+        evals.reward("odd", np.concatenate([image([[0]]), image([[255]]), image([[0]])]), None)
+
+
+def test_rankings_are_best_first_and_ties_are_left_out():
+    x = np.arange(9).reshape(3, 3)
+    ranked, kept = evals.ranked(x, np.array([[0.1, 0.5, 0.3], [1.0, 1.0, 2.0], [3.0, 2.0, 1.0]]))
+    np.testing.assert_array_equal(ranked, [[1, 2, 0], [6, 7, 8]])
+    np.testing.assert_array_equal(kept, [True, False, True])
 
 
 def test_win_rate_counts_ties_half_and_is_antisymmetric():

@@ -1,12 +1,13 @@
 """Every config through the real binaries for a few steps: train, resume, sample, evaluate, export, sample from the export."""
 
 import json
+import socket
 
 import numpy as np
 import pytest
 
 from binaries import ROOT, check_workdir, rows, shell_in
-from flowjax.data import records
+from flowjax.data import records, votes
 
 pytestmark = pytest.mark.slow
 
@@ -51,8 +52,8 @@ def test_every_config_is_tested_here():
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
     mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_grpo", "digits_refl", "digits_nft"}
     mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
-    mine |= {"digits_lora", "digits_dreambooth"}
-    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth"}  # the last three in test_smoke_text
+    mine |= {"digits_lora", "digits_dreambooth", "digits_reward"}
+    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth", "emoji_reward"}  # the last four in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -254,7 +255,7 @@ def test_digits_adversarial(shell, digits):
 
 
 def test_digits_dpo(shell, digits):
-    shell("tools.make_pairs", f"--checkpoint={digits}", "--out=pairs", "--pairs=20", "--candidates=2", "--steps=2")
+    shell("tools.prefer", f"--checkpoint={digits}", "--out=pairs", "--pairs=20", "--candidates=2", "--steps=2")
     shell(
         "experiments.train", f"--config={ROOT}/configs/digits_dpo.py:smoke", "--workdir=dpo", "--config.data.path=pairs",
         f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
@@ -263,6 +264,51 @@ def test_digits_dpo(shell, digits):
     assert rows(shell.home / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     out = shell("tools.win_rate", "--checkpoint=dpo", f"--against={digits}", "--count=20", "--steps=2")
     assert 0 <= json.loads(out[out.index("{") : out.rindex("}") + 1])["win_rate"] <= 1
+
+
+def test_digits_reward(shell, digits, judge):
+    """Preferences by a rule; a model of them, measured; what judges by it then, and what it refuses."""
+    prefer = ("tools.prefer", f"--checkpoint={digits}", "--candidates=3", "--steps=2", "--sampler=euler")
+    assert "rankings in ranked; reward ink" in shell(*prefer, "--rankings", "--pairs=60", "--holdout=0.4", "--out=ranked")
+    train = ("experiments.train", f"--config={ROOT}/configs/digits_reward.py:smoke", "--config.data.path=ranked", "--config.data.noise=0.1")
+    backbone = (f"--config.roles.net.checkpoint={judge}", "--config.model.backbone.time=True")
+    shell(*train, *backbone, "--workdir=reward")
+    check_workdir(shell.home / "reward", drawn=False)
+    assert rows(shell.home / "reward")[0]["loss"] == pytest.approx(np.log(6), abs=1e-5)
+    assert "net, not in its checkpoint: head, asked" in (shell.home / "reward/card.txt").read_text()
+    shell("experiments.evaluate", "--checkpoint=reward", "--record=record.json")
+    told = json.loads((shell.home / "record.json").read_text())["results"]["preferences"]
+    assert 0 <= told["accuracy"] <= 1 and told["ece"] >= 0 and told["pairs"] % 3 == 0
+    asked = ("--reward=model", "--reward_checkpoint=reward")
+    out = shell("tools.win_rate", f"--checkpoint={digits}", f"--against={digits}", "--count=20", "--steps=2", *asked)
+    told = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert told["win_rate"] == 0.5 and told["reward_checkpoint"] == "reward"
+    metrics = "--config.evaluate.metrics=({'name': 'reward', 'of': 'model', 'checkpoint': 'reward'},)"
+    roles = {"reference": {"checkpoint": str(digits)}, "net": {"checkpoint": str(digits)}, "reward": {"checkpoint": "reward"}}
+    nft = ("experiments.train", f"--config={ROOT}/configs/digits_nft.py:smoke", metrics, "--config.objective.reward={'model': 1.0}")
+    shell(*nft, "--workdir=by_model", f"--config.roles={roles}")
+    shell("experiments.evaluate", "--checkpoint=by_model", "--count=20", "--steps=1", "--sampler=euler", "--record=record.json")
+    assert {"mean", "sd", "mean_real"} <= json.loads((shell.home / "record.json").read_text())["results"]["reward"].keys()
+    for command, message in (
+        ((*train, *backbone[:1], "--workdir=bad"), "roles.net.checkpoint does not fit the model"),
+        ((*prefer, "--reward=model", "--out=bad"), "'model' asks a reward: roles.reward.checkpoint, or --reward_checkpoint"),
+        ((*prefer, "--reward=model", f"--reward_checkpoint={digits}", "--out=bad"), "is a denoiser, not a classifier or reward"),
+        (("tools.prefer", "--out=bad"), "--checkpoint is missing"),
+    ):
+        said = shell(*command, code=2)
+        assert message in said and "Traceback" not in said, said
+    assert not (shell.home / "bad").exists()
+    with socket.socket() as taken:  # the pairs are drawn, and the page cannot be shown
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        by_hand = ("tools.prefer", f"--checkpoint={digits}", "--by=hand", "--pairs=3", "--steps=2", "--out=by_hand")
+        assert f"--port={taken.getsockname()[1]}: Address already in use" in shell(*by_hand, f"--port={taken.getsockname()[1]}", code=2)
+    session = votes.Session(shell.home / "by_hand")
+    assert session.images.shape == (3, 2, 8, 8, 1) and session.labels.tolist() == [0, 1, 2] and session.about["step"] == 4
+    session.vote(0, "right", "ann")
+    said = shell("tools.prefer", "--export=by_hand", "--out=by_ann")
+    assert "pairs in by_ann: train 1; decided: 0 left, 1 right" in said
+    assert "--reward means nothing for --export" in shell("tools.prefer", "--export=by_hand", "--out=bad", "--reward=ink", code=2)
 
 
 def test_digits_grpo(shell, digits):

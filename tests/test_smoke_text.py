@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from binaries import ROOT, check_workdir, shell_in
+from flowjax.data import records
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +124,20 @@ def leaves(workdir):
 def test_the_judge(shell, emoji):
     shell("experiments.train", f"--config={ROOT}/configs/emoji_clip.py:smoke:{emoji}", "--workdir=judge")
     check_workdir(shell.home / "judge", drawn=False)
+
+
+def test_a_reward_of_captions(shell, emoji, pixel):
+    """Pairs for prompts, a model of them on the judge's towers, and pairs that this model decides."""
+    if not (shell.home / "judge").exists():
+        shell("experiments.train", f"--config={ROOT}/configs/emoji_clip.py:smoke:{emoji}", "--workdir=judge")
+    prefer = ("tools.prefer", f"--checkpoint={pixel}", "--prompt=red heart", "--prompt=a cat face", "--pairs=16", "--steps=1", "--sampler=euler")
+    assert "16 pairs in red" in shell(*prefer, "--reward={'red': 1.0, 'ink': -0.5}", "--out=red")
+    train = ("experiments.train", f"--config={ROOT}/configs/emoji_reward.py:smoke:red,{emoji}", "--config.roles.net.checkpoint=judge")
+    shell(*train, "--workdir=reward")
+    check_workdir(shell.home / "reward", drawn=False)
+    assert "16 pairs in by_model" in shell(*prefer, "--reward=model", "--reward_checkpoint=reward", "--out=by_model")
+    found = records.Records(shell.home / "by_model", "train").read(range(16))
+    assert found["caption"] == ["red heart"] * 8 + ["a cat face"] * 8 and found["win"].shape == (16, 64, 64, 3)
 
 
 def test_captions_that_nobody_reads_are_refused(shell, emoji):

@@ -1,18 +1,17 @@
 """How often one network's sample beats another's: python -m tools.win_rate --checkpoint=A --against=B --reward=ink
 
-Both draw from the same noise for the same classes; prints A's win rate on the reward (ties count half), and the share of
-each one's samples that an independent judge assigns to the asked class.
+Both draw from the same noise for the same classes or prompts; prints A's win rate on the reward (ties count half), and the share of
+each one's samples that an independent judge assigns to the asked class. A reward that asks a network: --reward_checkpoint.
 """
 
 import json
 
 from absl import flags
 
-from experiments import sampling, shell
+from experiments import judging, sampling, shell
 from flowjax.train import runtime
 
 AGAINST = flags.DEFINE_string("against", None, "The other export or workdir.", required=True)
-REWARD = flags.DEFINE_string("reward", "ink", "A name of flowjax.rewards.REWARDS that needs no network.")
 DATA = flags.DEFINE_string("judge_data", "", "Workdir or export whose training data the judge learns; default: --against.")
 
 
@@ -24,23 +23,23 @@ def main():
 
     seed, count = max(0, sampling.SEED.value), sampling.COUNT.value or 1000
     out, scores = {}, {}
-    judge = None
+    judge, score, mine = None, judging.scorer(), sampling.load()
     for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
-        role, params, info = sampling.load() if name == "checkpoint" else export.load(checkpoint, sampling.WEIGHTS.value)
-        chosen, cond = sampling.options(info), sampling.labels(info, count)
+        role, params, info = mine if name == "checkpoint" else export.load(checkpoint, sampling.WEIGHTS.value)
+        chosen, (_, cond, prompts) = sampling.options(info), sampling.asked(checkpoint, info, count)
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
-        scores[name] = rewards.reward(REWARD.value, x, cond.get("label"))
+        scores[name] = score(x, cond.get("label"), prompts)
         out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": sampling.told(chosen)}
         if name == "against":
             out[name]["sampling"].pop("lora", None)  # adapters are of --checkpoint
-        if cond:
+        if "label" in cond:
             if judge is None:
                 source = export.info_of(DATA.value) if DATA.value else info
                 real = arrays(source["config"]["data"], "train")
                 judge = agreement.judge("svm", image.quantise(real["x"]), real["cond"]["label"])
             out[name]["agreement"] = agreement.agreement(x, cond["label"], judge)["agreement"]
     out["win_rate"] = rewards.win_rate(scores["checkpoint"], scores["against"])
-    out |= {"reward": REWARD.value, "samples": count, "seed": seed}
+    out |= {**judging.told(), "samples": count, "seed": seed}
     print(json.dumps(out, indent=1))
     return 0
 

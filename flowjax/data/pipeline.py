@@ -2,6 +2,7 @@
 
     {"x": float32 (b, H, W, C) in [-1, 1], or points as they are; "cond": {"label": int32 (b,)}, or {} when unlabelled}
     {"win": ..., "lose": ..., "cond": ...}                                                       for preference pairs
+    {"ranked": (b, K, H, W, C), "cond": ...}                                          for rankings of K images, the best first
     {"x": ..., "z": ..., "cond": ...}                                       for couplings: z is the noise that x was made from
     {"x": ..., "prior": bool (b,), "cond": ...}             for mixtures with `prior`: which rows are of the parts that it names
 
@@ -35,7 +36,7 @@ CHUNK = 1024  # rows that `arrays` reads at a time
 THREADS = 4
 
 _ORDER, _FLIP, _CAPTION = 0, 1, 2  # purposes of random numbers
-_PIXELS = {"image": "x", "x": "x", "z": "z", "win": "win", "lose": "lose"}  # column of a source -> entry of a batch
+_PIXELS = {"image": "x", "x": "x", "z": "z", "win": "win", "lose": "lose", "ranked": "ranked"}  # column of a source -> entry of a batch
 
 
 class _Common(NamedTuple):
@@ -166,10 +167,13 @@ class _Part:
         out = {}
         for key in columns.keys() & _PIXELS.keys():
             values = columns[key]
+            lead = values.shape[:2] if key == "ranked" else ()
+            values = values.reshape(-1, *values.shape[2:]) if lead else values
             if self.common.resize:
                 values = [images.resize(v, self.common.resize) for v in values]
             values = np.asarray(values)
-            out[key] = images.pad(values, self.common.pad) if self.common.pad else values
+            values = images.pad(values, self.common.pad) if self.common.pad else values
+            out[key] = values.reshape(*lead, *values.shape[1:]) if lead else values
         if "label" in columns:
             label = out["label"] = columns["label"]
             if bad := np.flatnonzero((label < 0) | (label >= self.num_classes)).tolist():
@@ -203,7 +207,8 @@ class _Part:
         if self.common.flip:
             flipped = counter.uniform(counter.make_key(seed, _FLIP), positions) < 0.5
             for key in out.keys() & _PIXELS.keys():
-                out[key] = np.where(flipped[:, None, None, None], out[key][:, :, ::-1], out[key])
+                rows = flipped.reshape(-1, *(1,) * (out[key].ndim - 1))
+                out[key] = np.where(rows, out[key][..., ::-1, :], out[key])
         return out
 
     def _tokens(self, captions, rows, positions, seed: int, curriculum: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from flowjax.config import ConfigError
 FORMAT = "flowjax-records/1"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 2**28
-_MAIN = ("image", "win", "x")  # the feature that an example is about
+_MAIN = ("image", "win", "ranked", "x")  # the feature that an example is about
 
 
 class DataError(ConfigError):

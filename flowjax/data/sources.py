@@ -1,12 +1,13 @@
 """Sources: a name and its settings -> random access to the examples of one split.
 
 `read(indices)` returns a dict of columns: "image" uint8 (n, H, W, C), or a list of (H, W, C) of several sizes; "x" float32
-(n, ...) for points; "win" and "lose" for preference pairs; "label" int32 (n,); "caption" list of strings, several
-captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings.
+(n, ...) for points; "win" and "lose" for preference pairs, "ranked" (n, K, H, W, C) for rankings, the best first; "label" int32
+(n,); "caption" list of strings, several captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings.
 """
 
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import pathlib
@@ -18,6 +19,8 @@ import numpy as np
 from flowjax.config import ConfigError
 from flowjax.data import counter, images, records
 from flowjax.data.records import DataError
+
+NOISE = 7  # a purpose of random numbers (flowjax.data.counter): which preferences are turned round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,9 @@ def array_record(split: str, path: str, size: tuple = ()) -> Source:
     reader = records.Records(path, split, tuple(size))
     whole = reader.manifest
     kept = {k: whole[k] for k in ("name", "dtype", "num_classes", "class_names", "captions", "content_hash")}
-    place = {"split": split, "count": len(reader), "shape": whole["image_shape"], "path": str(path)}
+    ranks = {"ranks": whole["image_shape"][0]} if "ranked" in whole["features"] else {}
+    shape = whole["image_shape"][len(ranks) :]
+    place = {"split": split, "count": len(reader), "shape": shape, "path": str(path)} | ranks
     manifest = kept | place | {"columns": list(whole["features"])}
     if stored := {k: whole["features"][k]["shape"] for k in ("text", "pooled") if k in whole["features"]}:
         manifest["embeddings"] = stored
@@ -134,33 +139,86 @@ def array_record(split: str, path: str, size: tuple = ()) -> Source:
     return Source(manifest, reader.read)
 
 
-def preferences(split: str, path: str) -> Source:
-    """Preference pairs written by `write_preferences`."""
+def preferences(split: str, path: str, noise: float = 0.0, noise_seed: int = 0) -> Source:
+    """Preference pairs written by `write_preferences`, or rankings written by `write_rankings`.
+
+    noise: the order of so large a share of the examples of split "train" is turned round, of the same ones for the same noise_seed,
+    and of those among them for a smaller share.
+    """
+    if not 0 <= noise <= 1:
+        raise ConfigError(f"data.noise = {noise} should be a share, in [0, 1]")
     source = array_record(split, path)
-    missing = {"win", "lose"} - set(source.manifest["columns"])
-    if missing:
+    columns = {*source.manifest["columns"]}
+    missing = {"win", "lose"} - columns
+    if missing and "ranked" not in columns:
         raise ConfigError(f"data.path = {path!r} holds no {' and no '.join(sorted(missing))}: not a data set of preference pairs")
-    return source
+    if not noise or split != "train":
+        return source
+    key = counter.make_key(noise_seed, NOISE)
+
+    def read(indices):
+        out = source.read(indices)
+        turned = (counter.uniform(key, np.asarray(indices)) < noise).reshape(-1, *(1,) * (len(source.manifest["shape"])))
+        if "ranked" in out:
+            return out | {"ranked": np.where(turned[:, None], out["ranked"][:, ::-1], out["ranked"])}
+        return out | {"win": np.where(turned, out["lose"], out["win"]), "lose": np.where(turned, out["win"], out["lose"])}
+
+    return Source(source.manifest | {"noise": noise, "noise_seed": noise_seed}, read)
 
 
-def write_preferences(path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False):
-    """Write preference pairs as records with one split, train; returns the manifest.
+def write_preferences(
+    path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, caption=None,
+    holdout: float = 0.0, files: Mapping[str, bytes] | None = None,
+):  # fmt: skip
+    """Write preference pairs as records; returns the manifest.
 
     **Arguments:** `win`, `lose` (n, ...) uint8 images or float32 arrays as a model makes them; `label` (n,) integers in
-    0..num_classes - 1; `meta` tells how the pairs came about and is kept in the manifest.
+    0..num_classes - 1; `caption` n texts; `meta` tells how the pairs came about and is kept in the manifest; `holdout`, in [0, 1),
+    the share that becomes split "test", chosen by a hash of the images: a pair in either order is on one side; `files` are kept
+    beside the records.
     """
     win, lose = np.asarray(win), np.asarray(lose)
     if win.shape != lose.shape or win.dtype != lose.dtype or win.dtype not in (np.uint8, np.float32) or win.ndim < 2:
         found = f"win {win.dtype}{win.shape} and lose {lose.dtype}{lose.shape}"
         raise ConfigError(f"{found} must be alike: uint8 or float32 (n, ...)")
-    columns = {"win": win, "lose": lose}
+    return _write(path, {"win": win, "lose": lose}, label, num_classes, meta, overwrite, caption, holdout, files)
+
+
+def write_rankings(
+    path, ranked, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, caption=None,
+    holdout: float = 0.0,
+):  # fmt: skip
+    """`write_preferences` of rankings: `ranked` (n, K, H, W, C) uint8, the best of each K first."""
+    ranked = np.asarray(ranked)
+    if ranked.ndim != 5 or ranked.shape[1] < 2 or ranked.dtype != np.uint8:
+        raise ConfigError(f"ranked {ranked.dtype}{ranked.shape} must be uint8 (n, K, H, W, C), K at least 2")
+    return _write(path, {"ranked": ranked}, label, num_classes, meta, overwrite, caption, holdout)
+
+
+def _write(path, columns, label, num_classes, meta, overwrite, caption, holdout, files=None):
+    count = len(next(iter(columns.values())))
+    members = [m for v in columns.values() for m in (v.swapaxes(0, 1) if v.ndim == 5 else [v])]
     if label is not None:
         columns["label"] = label = np.asarray(label, np.int32)
-        if label.shape != win.shape[:1] or np.any((label < 0) | (label >= num_classes)):
-            raise ConfigError(f"label must hold {len(win)} integers in 0..{num_classes - 1} (num_classes = {num_classes})")
-    rows = (("train", f"{path} (row {i})", {k: v[i] for k, v in columns.items()}) for i in range(len(win)))
+        if label.shape != (count,) or np.any((label < 0) | (label >= num_classes)):
+            raise ConfigError(f"label must hold {count} integers in 0..{num_classes - 1} (num_classes = {num_classes})")
+    if caption is not None:
+        columns["caption"] = caption = [str(c) for c in caption]
+        if len(caption) != count:
+            raise ConfigError(f"caption must hold {count} texts, not {len(caption)}")
+    if not 0 <= holdout < 1:
+        raise ConfigError(f"holdout = {holdout} should be a share, in [0, 1)")
+
+    def side(i):
+        digest = hashlib.sha256(b"".join(sorted(np.ascontiguousarray(m[i]).tobytes() for m in members))).digest()
+        return "test" if int.from_bytes(digest[:8], "big") < holdout * 2**64 else "train"
+
+    sides = [side(i) if holdout else "train" for i in range(count)]
+    if holdout and len({*sides}) < 2:
+        raise ConfigError(f"holdout = {holdout} of {count} pairs leaves one split empty; use another share or more pairs")
+    rows = ((sides[i], f"{path} (row {i})", {k: v[i] for k, v in columns.items()}) for i in range(count))
     classes = num_classes if label is not None else 0
-    return records.write(path, rows, name="preferences", num_classes=classes, source=meta, overwrite=overwrite)
+    return records.write(path, rows, name="preferences", num_classes=classes, source=meta, overwrite=overwrite, files=files)
 
 
 def _toy(toy: str, split: str, seed: int = 0) -> Source:

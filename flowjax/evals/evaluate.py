@@ -18,6 +18,7 @@ from flowjax.evals import kid as kid_
 from flowjax.evals import memorisation as memorisation_
 from flowjax.evals import prdc as prdc_
 from flowjax.evals import processes
+from flowjax.evals import rewards as rewards_
 from flowjax.evals.features import Features, extractor, fingerprint
 from flowjax.evals.image import QUANTISATION, quantise
 
@@ -150,7 +151,19 @@ def memorisation(sets: Sets, quantile: float = 0.05, limit: int = 2000) -> dict:
     }
 
 
-METRICS = {"frechet": frechet, "kid": kid, "prdc": prdc, "agreement": agreement, "memorisation": memorisation}
+def reward(sets: Sets, of="ink", checkpoint: str = "", weights: str = "ema") -> dict:
+    """Mean and standard deviation of a reward (flowjax.rewards: a name, or {name: weight}), and those of the held-out images.
+
+    checkpoint: the classifier or reward model that it asks.
+    """
+    judge = rewards_.judge(checkpoint, weights) if checkpoint else None
+    mine = processes.gather(rewards_.reward(of, sets.generated, sets.asked, judge))
+    real = rewards_.reward(of, sets.test, None if sets.asked is None else sets.test_labels, judge)
+    about = {"of": of} | ({"checkpoint": checkpoint} if checkpoint else {})
+    return about | {f"{k}{name}": float(v) for name, s in (("", mine), ("_real", real)) for k, v in (("mean", s.mean()), ("sd", s.std()))}
+
+
+METRICS = {"frechet": frechet, "kid": kid, "prdc": prdc, "agreement": agreement, "memorisation": memorisation, "reward": reward}
 
 
 def _fitted(fit, section, images, labels, *rest):

@@ -18,6 +18,7 @@ from flowjax.models.mixture import Mixture
 from flowjax.models.mlp import MLP
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.perceptual import LPIPS
+from flowjax.models.reward import Reward
 from flowjax.models.t5 import T5Encoder
 from flowjax.models.text import TextTransformer
 from flowjax.models.text_encoders import TextEncoders
@@ -44,6 +45,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "mlp": MLP,
     "mmdit": MMDiT,
     "patch_gan": PatchGAN,
+    "reward": Reward,
     "t5": T5Encoder,
     "text": TextTransformer,
     "text_encoders": TextEncoders,

@@ -25,7 +25,8 @@ lecun = nn.initializers.lecun_normal()
 GUIDANCE = "g_embed"  # the parameters of an embedded scale of guidance
 STEP = "s_embed"  # and of an embedded step
 PROJECTOR = "projector"  # and of the head that reads a hidden state
-ADDED = (GUIDANCE, STEP, PROJECTOR)  # what a network may have that the one it begins as has not
+REWARD = ("head", "asked")  # and of what a reward model adds to its backbone
+ADDED = (GUIDANCE, STEP, PROJECTOR, *REWARD)  # what a network may have that the one it begins as has not
 
 
 def normal(std: float) -> Callable:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from flowjax import config
 from flowjax.objectives import add, classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, grpo, guidance_distillation
-from flowjax.objectives import imm, lcm, mae, moment, nft, progressive, repa, reward_feedback, scm, vae
+from flowjax.objectives import imm, lcm, mae, moment, nft, progressive, repa, reward_feedback, reward_model, scm, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -38,6 +38,7 @@ OBJECTIVES: dict[str, Objective] = {
     "inductive_moment_matching": imm.OBJECTIVE,
     "meanflow": flow_map.MEANFLOW,
     "shortcut": flow_map.SHORTCUT,
+    "reward_model": reward_model.OBJECTIVE,
     "diffusion_dpo": dpo.OBJECTIVE,
     "flow_grpo": grpo.OBJECTIVE,
     "reward_feedback": reward_feedback.OBJECTIVE,
@@ -55,7 +56,7 @@ class BoundObjective(NamedTuple):
     roles: Mapping[str, str]
     players: tuple[Player, ...]
     rollout: Callable
-    kinds: Mapping[str, str] = {}
+    kinds: Mapping[str, str | tuple[str, ...]] = {}
     whole: bool = False
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}

@@ -30,7 +30,7 @@ class Player(NamedTuple):
 
 class Objective(NamedTuple):
     """roles: role -> "trained" | "frozen" | "optional" (frozen, where the run has it) | "ema:<role>"; players in the order of their
-    updates; kinds: what a role's network has to be, where the objective calls for something other than a denoiser; whole: rows are
+    updates; kinds: what a role's network has to be (one of several), where the objective calls for something other than a denoiser; whole: rows are
     compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused; coupled: takes
     the noise batch["z"] that the data bring along (couplings), where they do; conditions: name (of flowjax.conditions) -> shape of one
     example, of what the rollout adds to the batch's cond and the data do not have; reads: role -> image encoder whose grid of tokens it
@@ -40,7 +40,7 @@ class Objective(NamedTuple):
     roles: Mapping[str, str]
     players: tuple[Player, ...]
     rollout: Callable | None = None
-    kinds: Mapping[str, str] = {}
+    kinds: Mapping[str, str | tuple[str, ...]] = {}
     whole: bool = False
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}

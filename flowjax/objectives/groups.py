@@ -10,6 +10,8 @@ from flowjax import rewards
 from flowjax.config import ConfigError
 from flowjax.objectives.base import mean_dims
 
+JUDGES = ("classifier", "reward")  # what roles.reward may be
+
 
 def check(size: int, n: int):
     """ConfigError unless n rows fall into groups of `size` > 1."""
@@ -25,7 +27,7 @@ def first(cond, size: int):
 def judged(nets, x, cond, reward):
     """(weighted sum (B,), {name: (B,)}) of the rewards of samples x, which roles.vae decodes where it takes part."""
     images = nets["vae"].decode(x) if "vae" in nets else x
-    return rewards.score(reward, images, cond.get("label"), nets.get("reward"))
+    return rewards.score(reward, images, cond.get("label"), nets.get("reward"), cond=cond)
 
 
 def advantages(reward, size: int, std: str = "group", limit: float = 5.0):

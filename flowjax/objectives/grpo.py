@@ -112,5 +112,5 @@ def loss(nets, batch, key, *, noise: float = 0.7, clip: float = 1e-4, beta: floa
 
 OBJECTIVE = Objective(
     {"net": "trained", "reference": "frozen", "reward": "optional"}, (Player("net", loss),), rollout,
-    {"reward": "classifier"}, pixels=True,
+    {"reward": groups.JUDGES}, pixels=True,
 )  # fmt: skip

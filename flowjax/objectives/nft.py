@@ -80,5 +80,5 @@ def loss(nets, batch, key, *, beta: float = 1.0, normalise: bool = True, anchor:
 
 OBJECTIVE = Objective(
     {"net": "trained", "old": "ema:net", "reference": "optional", "reward": "optional"}, (Player("net", loss),), rollout,
-    {"reference": "denoiser", "reward": "classifier"}, pixels=True,
+    {"reference": "denoiser", "reward": groups.JUDGES}, pixels=True,
 )  # fmt: skip

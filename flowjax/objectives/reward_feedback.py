@@ -94,5 +94,5 @@ def loss(
 
 OBJECTIVE = Objective(
     {"net": "trained", "reference": "optional", "reward": "optional"}, (Player("net", loss),), rollout,
-    {"reference": "denoiser", "reward": "classifier"}, pixels=True,
+    {"reference": "denoiser", "reward": groups.JUDGES}, pixels=True,
 )  # fmt: skip

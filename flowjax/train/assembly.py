@@ -48,9 +48,9 @@ def build_roles(config, objective, place=None):
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}", place=place)
             usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
-            wanted = objective.kinds.get(name, usual)
-            if wanted and roles[name].module.kind != wanted:
-                raise ConfigError(f"roles.{name}.checkpoint = {section['checkpoint']!r} is a {roles[name].module.kind}, not a {wanted}")
+            wanted = _several(objective.kinds.get(name, usual))
+            if wanted and roles[name].module.kind not in wanted:
+                raise ConfigError(f"roles.{name}.checkpoint = {section['checkpoint']!r} is a {roles[name].module.kind}, not a {' or '.join(wanted)}")
             loaded[name] = params, info
         else:
             section = section or {}
@@ -60,18 +60,25 @@ def build_roles(config, objective, place=None):
             model, path, prediction, scaling = (section.get(k) or config[k] for k in NETWORK)
             label = "model" if name == "net" else f"roles.{name}.model"
             roles[name] = build_role(model, path, prediction, label, input_scaling=scaling)
-            wanted = objective.kinds.get(name, roles[name].module.kind)
-            if roles[name].module.kind != wanted:
-                raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {wanted!r} as {name!r}")
+            wanted = _several(objective.kinds.get(name, roles[name].module.kind))
+            if roles[name].module.kind not in wanted:
+                raise ConfigError(f"{label}: objective {config['objective']!r} needs a network of kind {' or '.join(map(repr, wanted))} as {name!r}")
             if section.get("checkpoint"):
                 saved, params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}", place=place)
                 where = f"roles.{name}.checkpoint = {section['checkpoint']!r}"
+                if saved.module.kind != roles[name].module.kind and hasattr(roles[name].module, "adopt"):
+                    params = roles[name].module.adopt(saved.module, params, where)
                 same_meaning(saved, roles[name], where, ("path", "prediction", "scaling"))
                 loaded[name] = params, info
             if section.get("lora") is not None:
                 added = [k for k in layers.ADDED if k not in loaded[name][0]]
                 roles[name] = dataclasses.replace(roles[name], lora=lora.build(section["lora"], f"roles.{name}.lora", added))
     return roles, loaded
+
+
+def _several(kinds) -> tuple[str, ...]:
+    """One kind, several or none, as a tuple."""
+    return (kinds,) if isinstance(kinds, str) else tuple(kinds or ())
 
 
 def check_evaluation(section):
@@ -111,7 +118,7 @@ class Run:
         self.pipeline = data or self.stream("train", config["seed"])
         self.here = {*self.mesh.devices.flat} <= {*jax.devices()}
         self.roles, self.loaded = build_roles(config, self.objective, self._shards if self.here else None)
-        if any(r.module.kind == "denoiser" for r in self.roles.values()):
+        if any(r.module.kind in ("denoiser", "reward") for r in self.roles.values()):
             self._check_classes()
         self.encoded, self.embedded = self._encoded(), self._embedded()
         self.tokenizer, self.text = self._prompts()
@@ -129,6 +136,7 @@ class Run:
             raise ConfigError("roles.net.updates > 1 takes slices of a batch, in which the parts of data.prior have other shares; use 1")
         self.example = self._example()
         self._check_teachers()
+        self._check_reward()
         self._places()
         self.added = {name: self._added(name) for name in self.trained if name in self.loaded}
         self._check_conditions()
@@ -151,9 +159,24 @@ class Run:
             raise ConfigError(f"model.num_classes = {count} but the data has {have} classes")
         if count and not have:
             raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
-        judge = self.roles.get("reward")
-        if judge and have and judge.module.num_classes != have:
-            raise ConfigError(f"roles.reward knows {judge.module.num_classes} classes, and the data has {have}")
+
+    def _check_reward(self):
+        """ConfigError where roles.reward was made for other images or conditions than are judged."""
+        if "reward" not in self.loaded:
+            return
+        judge, info = self.roles["reward"].module, self.loaded["reward"][1]
+        have, known = self.pipeline.num_classes, judge.num_classes
+        if have and known != have and (known or judge.kind == "classifier"):
+            raise ConfigError(f"roles.reward knows {known} classes, and the data has {have}")
+        if judge.kind != "reward":
+            return
+        about = {"shape of images": (tuple(info["shape"]), tuple(self.image_shape()))}
+        if self.tokenizer and judge.text:
+            mine = self.pipeline.manifest.get("tokenizer", {}).get("sha256"), self.tokenizer.length
+            about["tokenizer"] = (info["data"].get("tokenizer", {}).get("sha256"), *info["conditions"]["tokens"]), mine
+        for what, (its, ours) in about.items():
+            if its != ours:
+                raise ConfigError(f"roles.reward was trained with another {what} than this run's: {its} is not {ours}")
 
     def _check_conditions(self):
         """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens or another padding."""
@@ -386,9 +409,11 @@ class Run:
         one = lambda shape, dtype: jax.ShapeDtypeStruct((self.config["batch_size"], *shape), dtype, sharding=rows)  # noqa: E731
         columns = self.pipeline.manifest.get("columns", ())
         names = ("win", "lose") if "win" in columns else ("x", "z") if "z" in columns else ("x",)
+        lead = (self.pipeline.manifest["ranks"],) if "ranked" in columns else ()
+        names = ("ranked",) if lead else names
         cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
         marks = {"prior": one((), bool)} if "prior" in self.pipeline.manifest else {}
-        return {**{k: one(shape or self.pipeline.shape, jnp.float32) for k in names}, **marks, "cond": cond}
+        return {**{k: one((*lead, *(shape or self.pipeline.shape)), jnp.float32) for k in names}, **marks, "cond": cond}
 
     def jit(self, fn):
         """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""

@@ -25,8 +25,8 @@ def path(where):
 
 
 @contextlib.contextmanager
-def owned(workdir):
-    """A folder for as long as this process trains in it; ConfigError where another one does.
+def owned(workdir, used: str = "trained in"):
+    """A folder for as long as this process uses it (what it does there: `used`); ConfigError where another one does.
 
     The operating system's lock on a file in it, which ends with the process however that ends. Buckets, and file systems that
     cannot lock, are not guarded.
@@ -41,7 +41,7 @@ def owned(workdir):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(f"{workdir} is being trained in by process {file.read().strip() or 'unknown'}; wait until it has ended") from None
+            raise ConfigError(f"{workdir} is being {used} by process {file.read().strip() or 'unknown'}; wait until it has ended") from None
         except OSError:  # no locks here
             yield
             return

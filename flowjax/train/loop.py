@@ -218,7 +218,7 @@ def _asked_to_stop(stop, turn) -> bool:
 
 def _shape(batch) -> tuple[int, ...]:
     """Shape of an example of the batch."""
-    return (batch["x"] if "x" in batch else batch["win"]).shape[1:]
+    return batch["ranked"].shape[2:] if "ranked" in batch else (batch["x"] if "x" in batch else batch["win"]).shape[1:]
 
 
 def _ready(metrics) -> bool:

@@ -103,7 +103,7 @@ class Role:
             variables = self.module.init(key, x)
         elif self.module.kind == "text_encoder":
             variables = self.module.init(key, cond["tokens"])
-        elif self.module.kind == "two_tower":
+        elif self.module.kind in ("two_tower", "reward"):
             variables = self.module.init(key, x, cond)
         else:
             t = jnp.zeros(x.shape[:1], jnp.float32) if self.module.time else None
