@@ -1,6 +1,7 @@
 """Preference pairs from a checkpoint: python -m tools.make_pairs --checkpoint=runs/digits --reward=ink --out=runs/pairs
 
-For each prompt (class) `--candidates` samples are drawn; the one of highest and the one of lowest reward become a pair.
+For each prompt (class, or --prompt and --prompts of a network of captions) `--candidates` samples are drawn; the one of highest and
+the one of lowest reward become a pair.
 Prompts whose candidates all score the same are left out: there is nothing to prefer.
 """
 
@@ -29,7 +30,8 @@ def main():
     checkpoint, k = sampling.CHECKPOINT.value, CANDIDATES.value
     role, params, info = sampling.load()
     seed = max(0, sampling.SEED.value)
-    cond = {name: np.repeat(v, k, axis=0) for name, v in sampling.labels(info, PAIRS.value).items()}
+    _, cond, prompts = sampling.asked(checkpoint, info, PAIRS.value)
+    cond = {name: np.repeat(v, k, axis=0) for name, v in cond.items()}
     chosen = sampling.options(info)
     x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, PAIRS.value * k, seed, sampling.BATCH.value))
     labels = cond.get("label")
@@ -37,7 +39,8 @@ def main():
     win, lose, kept = rewards.best_and_worst(x.reshape(PAIRS.value, k, *x.shape[1:]), scores.reshape(PAIRS.value, k))
     meta = {"reward": REWARD.value, "checkpoint": checkpoint, "step": info["step"], "seed": seed, "candidates": k, **sampling.told(chosen)}
     label = None if labels is None else labels[::k][kept]
-    write_preferences(OUT.value, win, lose, label, info["num_classes"] or 0, meta, overwrite=OVERWRITE.value)
+    captions = [text for text, stays in zip(prompts, kept) if stays] if prompts else None
+    write_preferences(OUT.value, win, lose, label, info["num_classes"] or 0, meta, overwrite=OVERWRITE.value, captions=captions)
     print(f"{len(win)} pairs in {OUT.value}; reward {REWARD.value}: {scores.mean():.4f} on average, {len(kept) - len(win)} prompts tied")
     return 0
 

@@ -2,7 +2,8 @@
 
 `read(indices)` returns a dict of columns: "image" uint8 (n, H, W, C), or a list of (H, W, C) of several sizes; "x" float32
 (n, ...) for points; "win" and "lose" for preference pairs; "label" int32 (n,); "caption" list of strings, several
-captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings.
+captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings; "desirable" int32 (n,), 1 for examples
+that are marked as good and 0 for bad ones.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ import numpy as np
 from flowjax.config import ConfigError
 from flowjax.data import counter, images, records
 from flowjax.data.records import DataError
+
+MARK = "desirable"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,24 +146,52 @@ def preferences(split: str, path: str) -> Source:
     return source
 
 
-def write_preferences(path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False):
+def write_preferences(
+    path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, captions=None
+):
     """Write preference pairs as records with one split, train; returns the manifest.
 
     **Arguments:** `win`, `lose` (n, ...) uint8 images or float32 arrays as a model makes them; `label` (n,) integers in
-    0..num_classes - 1; `meta` tells how the pairs came about and is kept in the manifest.
+    0..num_classes - 1, `captions` n strings: what both of a pair were asked for; `meta` tells how the pairs came about and is kept
+    in the manifest.
     """
     win, lose = np.asarray(win), np.asarray(lose)
     if win.shape != lose.shape or win.dtype != lose.dtype or win.dtype not in (np.uint8, np.float32) or win.ndim < 2:
         found = f"win {win.dtype}{win.shape} and lose {lose.dtype}{lose.shape}"
         raise ConfigError(f"{found} must be alike: uint8 or float32 (n, ...)")
-    columns = {"win": win, "lose": lose}
+    return _write_judged(path, {"win": win, "lose": lose}, "preferences", label, num_classes, captions, meta, overwrite)
+
+
+def write_feedback(
+    path, x, desirable, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, captions=None
+):
+    """Write examples that are marked one by one, good (True) or bad, as records with one split, train; returns the manifest.
+
+    **Arguments:** `x` (n, ...) uint8 images or float32 arrays; `desirable` (n,) bools, not all alike; the rest as in `write_preferences`.
+    """
+    x, desirable = np.asarray(x), np.asarray(desirable)
+    if x.dtype not in (np.uint8, np.float32) or x.ndim < 2:
+        raise ConfigError(f"x {x.dtype}{x.shape} must be uint8 or float32 (n, ...)")
+    if desirable.shape != x.shape[:1] or desirable.dtype != bool:
+        raise ConfigError(f"{MARK} must hold {len(x)} bools, got {desirable.dtype}{desirable.shape}")
+    if len(x) and desirable.all() == desirable.any():
+        raise ConfigError(f"all {len(x)} examples are marked as {'good' if desirable.all() else 'bad'}: there is nothing to tell apart")
+    columns = {"image" if x.dtype == np.uint8 else "x": x, MARK: desirable.astype(np.int32)}
+    return _write_judged(path, columns, "feedback", label, num_classes, captions, meta, overwrite)
+
+
+def _write_judged(path, columns, name, label, num_classes, captions, meta, overwrite):
+    count = len(next(iter(columns.values())))
     if label is not None:
-        columns["label"] = label = np.asarray(label, np.int32)
-        if label.shape != win.shape[:1] or np.any((label < 0) | (label >= num_classes)):
-            raise ConfigError(f"label must hold {len(win)} integers in 0..{num_classes - 1} (num_classes = {num_classes})")
-    rows = (("train", f"{path} (row {i})", {k: v[i] for k, v in columns.items()}) for i in range(len(win)))
-    classes = num_classes if label is not None else 0
-    return records.write(path, rows, name="preferences", num_classes=classes, source=meta, overwrite=overwrite)
+        label = columns["label"] = np.asarray(label, np.int32)
+        if label.shape != (count,) or np.any((label < 0) | (label >= num_classes)):
+            raise ConfigError(f"label must hold {count} integers in 0..{num_classes - 1} (num_classes = {num_classes})")
+    if captions is not None:
+        columns["caption"] = captions = list(captions)
+        if len(captions) != count or not all(isinstance(c, str) and c.strip() for c in captions):
+            raise ConfigError(f"captions must be {count} strings, none of them empty; got {len(captions)}")
+    rows = (("train", f"{path} (row {i})", {k: v[i] for k, v in columns.items()}) for i in range(count))
+    return records.write(path, rows, name=name, num_classes=num_classes if label is not None else 0, source=meta, overwrite=overwrite)
 
 
 def _toy(toy: str, split: str, seed: int = 0) -> Source:
