@@ -14,6 +14,7 @@ STUDIES = {
     "ablations": "prediction, time law, guidance scale, average length, sampler order",
     "designs": "conditioning, patch size, image or velocity, time shift, representation alignment, label drop",
     "distillation": "every road from many steps to one, at equal compute",
+    "rewards": "reward against divergence: Flow-GRPO, ReFL, DRaFT, NFT, DPO, online DPO, and what they lose",
     "mnist": "latent diffusion of MNIST",
     "emoji": "emoji from captions",
     "plans": "what pods would do, compiled without one",
