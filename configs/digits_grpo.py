@@ -28,5 +28,6 @@ def get_config(arg: str = ""):
             "roles": {"reference": {"checkpoint": "runs/digits"}, "net": {"checkpoint": "runs/digits", "updates": 2}},
             "ema": {"ema": {"name": "constant", "decay": 0.9}},
             "validation": {"every": 0},
+            "panel": {"every": 2 if smoke else 50, "count": 40 if smoke else 500, "steps": 3 if smoke else 10},
         }
     )  # fmt: skip

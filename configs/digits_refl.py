@@ -27,5 +27,6 @@ def get_config(arg: str = ""):
             "roles": {"net": {"checkpoint": "runs/digits"}},
             "ema": {"ema": {"name": "constant", "decay": 0.9}},
             "validation": {"every": 0},
+            "panel": {"every": 0 if smoke else 50, "count": 40 if smoke else 500, "steps": 3 if smoke else 10},
         }
     )  # fmt: skip

@@ -87,10 +87,8 @@ def captions(info, checkpoint, data, split, count):
 
 def measure_samples(role, params, info, section, checkpoint):
     """(circumstances, results) of samples."""
-    from flowjax.data.pipeline import arrays
-    from flowjax.data.text import without
     from flowjax.evals import protocol
-    from flowjax.evals.evaluate import evaluate
+    from flowjax.evals.evaluate import evaluate, real
     from flowjax.train import generator
 
     captioned = sampling.captioned(info)
@@ -117,15 +115,10 @@ def measure_samples(role, params, info, section, checkpoint):
     cond = {k: v[mine] for k, v in cond.items()}
     x = generator.build(role, params, info, checkpoint, chosen)(cond, mine.stop - mine.start, seed, sampling.BATCH.value, mine.start)
 
-    def real(split):
-        # Samples are compared with images, not with latents made of them, and whatever is said of them.
-        part = arrays(without(info["data"].get("latents", {}).get("section", data)), split, embedded=False)
-        return {"x": part["x"], "label": part["cond"].get("label", np.zeros(len(part["x"]), np.int32))}
-
     results = evaluate(
         x,
         cond.get("label"),
-        {"train": real(section["train_split"]), "test": real(section["test_split"])},
+        real(data, info["data"], section),
         {
             "metrics": METRICS.value or section["metrics"],
             "features": FEATURES.value or section["features"],
@@ -160,8 +153,7 @@ def measure():
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = sampling.load()
     section = info["config"]["evaluate"]
-    if DATA.value:
-        other = shell.section(DATA.value, "data")
+    if other := shell.section(DATA.value, "data") if DATA.value else section.get("data"):
         known = {k: info["data"][k] for k in ("tokenizer", "embedded") if k in info["data"]}
         info = {**info, "data": known, "config": {**info["config"], "data": other}}
     if role.module.kind == "autoencoder":

@@ -7,6 +7,7 @@ command goes on where it was stopped.
 """
 
 import copy
+import threading
 
 from absl import flags
 from ml_collections import config_flags
@@ -53,9 +54,10 @@ def main():
         raise ConfigError(f"--config has objective {base['objective']!r}, not progressive_distillation")
     counts, teacher = halvings(STEPS.value), TEACHER.value
     for n in counts:
-        workdir = files.path(WORKDIR.value) / str(n)
-        if loop.run(stage(base, n, teacher, n == counts[0]), workdir) < base["steps"]:
-            return 0  # asked to stop
+        workdir, stop = files.path(WORKDIR.value) / str(n), threading.Event()
+        loop.run(stage(base, n, teacher, n == counts[0]), workdir, stop)
+        if stop.is_set():
+            return 0
         teacher = str(workdir)
     return 0
 

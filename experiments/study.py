@@ -14,6 +14,7 @@ STUDIES = {
     "ablations": "prediction, time law, guidance scale, average length, sampler order",
     "designs": "conditioning, patch size, image or velocity, time shift, representation alignment, dropped labels and captions",
     "distillation": "every road from many steps to one, at equal compute",
+    "rewards": "reward against divergence: Flow-GRPO, ReFL, DRaFT, NFT, DPO, online DPO, and what they lose",
     "reward_model": "a reward model of the digits from labels of growing noise: accuracy, calibration",
     "mnist": "latent diffusion of MNIST; latents or pixels at equal compute",
     "autoencoders": "what the prior does to latents, and a discriminator to images",

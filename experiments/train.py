@@ -1,13 +1,15 @@
 """Train: python -m experiments.train --config=configs/digits.py --workdir=runs/digits [--config.model.depth=6 ...]
 
-The same command resumes. Ctrl-C or SIGTERM (to any one of several processes) saves and leaves. Exit codes: 0 done,
-or saved and left (--stopped chooses another), 2 bad settings, 3 a loss that is not finite, 4 another process of the job is gone.
+The same command resumes. Ctrl-C or SIGTERM (to any one of several processes) saves and leaves. Exit codes: 0 done, ended by
+panel.stop, or saved and left (--stopped chooses another for this), 2 bad settings, 3 a loss that is not finite, 4 another process of
+the job is gone.
 
 Several processes: start this command once on each machine with --coordinator=auto, or with --coordinator=host:port
 --processes=N --process_id=i, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in the environment.
 """
 
 import sys
+import threading
 
 from absl import flags
 from ml_collections import config_flags
@@ -24,17 +26,18 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main():
     job.join()
-    from flowjax.train import loop, settings
+    from flowjax.train import loop
 
     try:
-        step = loop.run(CONFIG.value, WORKDIR.value, began=BEGAN)
+        stop = threading.Event()
+        loop.run(CONFIG.value, WORKDIR.value, stop, began=BEGAN)
     except loop.NonFinite as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except Exception as error:
         runtime.leave(error)
         raise
-    return STOPPED.value if step < settings.resolve(CONFIG.value)["steps"] else 0
+    return STOPPED.value if stop.is_set() else 0
 
 
 if __name__ == "__main__":

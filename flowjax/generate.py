@@ -55,7 +55,7 @@ def make(
             model = model.replace(null=away)
         if guidance != "none":
             model = build(GUIDANCE, guidance, "sample.guidance", model=model, **(besides or {}))
-        start, walk = _keys(seed, indices)
+        start, walk = keys(seed, indices)
         x = samplers.noise(path, start, (len(indices), *shape), at[0])
         if edit is not None:
             seen = inner.image if edit.strength < 1 else inner.image * inner.keep
@@ -71,7 +71,7 @@ def make(
     return sample
 
 
-def _keys(seed, indices):
+def keys(seed, indices):
     """(B,) keys of each sample: of its noise at the start, and of the sampler."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
     return jax.vmap(lambda k: jax.random.split(k), out_axes=1)(keys)
@@ -79,21 +79,22 @@ def _keys(seed, indices):
 
 def noise(seed, indices, shape):
     """The z ~ N(0, I) that the samples `indices` (B,) of `seed` begin with, float32 (B, *shape)."""
-    return samplers.normal(_keys(seed, indices)[0], jax.ShapeDtypeStruct((len(indices), *shape), jnp.float32))
+    return samplers.normal(keys(seed, indices)[0], jax.ShapeDtypeStruct((len(indices), *shape), jnp.float32))
 
 
-def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250, first: int = 0, multiple: int = 1) -> np.ndarray:
+def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 250, first: int = 0, multiple: int = 1):
     """Generate samples first .. first + count - 1 with a jitted `sample`; the last batch is padded, never smaller (one compilation).
 
-    multiple: the rows of a batch are rounded up to such, as many devices that share them ask for.
+    What `sample` returns may be a tree of arrays, a row each. multiple: the rows of a batch are rounded up to such, as many devices that
+    share them ask for.
     """
     batch = -(-min(batch, count) // multiple) * multiple
     out = []
     for start in range(0, count, batch):
         rows = np.arange(start, start + batch)
         part = {k: np.asarray(v)[np.minimum(rows, count - 1)] for k, v in cond.items()}
-        out.append(np.asarray(sample(params, seed, first + rows, part)))
-    return np.concatenate(out)[:count]
+        out.append(jax.tree.map(np.asarray, sample(params, seed, first + rows, part)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *out)
 
 
 def classes_of(config, num_classes: int) -> np.ndarray:

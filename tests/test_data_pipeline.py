@@ -305,6 +305,47 @@ def test_preferences_of_points(tmp_path):
     assert batch["cond"] == {}
 
 
+def test_pairs_and_marked_examples_with_captions(tmp_path):
+    captions = [f"picture {i}" for i in range(len(X))]
+    said = lambda tokens: [bytes(int(i) - 1 for i in row if i).decode() for row in tokens]  # noqa: E731
+    text = {"name": "bytes", "length": 12}
+    sources.write_preferences(tmp_path / "p", X, X[::-1], captions=captions)
+    section = {"name": "preferences", "path": str(tmp_path / "p"), "text": text}
+    batch = next(pipeline(section, 10, 0))
+    found = [captions.index(c) for c in said(batch["cond"]["tokens"])]
+    np.testing.assert_allclose(batch["win"], X[found] / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(batch["lose"], X[::-1][found] / 127.5 - 1, atol=1e-6)
+    good = np.arange(len(X)) % 3 == 0
+    made = sources.write_feedback(tmp_path / "f", X, good, Y, 5, captions=captions)
+    assert made["features"]["desirable"]["dtype"] == "int32" and made["name"] == "feedback"
+    pipe = pipeline({"name": "array_record", "path": str(tmp_path / "f"), "text": text, "flip": True}, 10, 0)
+    batch = next(pipe)
+    found = [captions.index(c) for c in said(batch["cond"]["tokens"])]
+    assert batch["desirable"].dtype == bool and batch["desirable"].tolist() == good[found].tolist()
+    np.testing.assert_array_equal(batch["cond"]["label"], Y[found])
+    mixed = pipeline({"name": "mixture", "parts": [{"name": "array_record", "path": str(tmp_path / "f")}] * 2, "weights": [1, 1]}, 6, 0)
+    assert next(mixed)["desirable"].shape == (6,)
+
+
+def test_feedback_that_teaches_nothing_is_refused(tmp_path):
+    good = np.arange(len(X)) % 2 == 0
+    for mark in (np.ones(len(X), bool), np.zeros(len(X), bool)):
+        with pytest.raises(ConfigError, match="all .* examples are marked as .*: there is nothing to tell apart"):
+            sources.write_feedback(tmp_path / "f", X, mark)
+    with pytest.raises(ConfigError, match="desirable must hold .* bools"):
+        sources.write_feedback(tmp_path / "f", X, good.astype(int))
+    with pytest.raises(ConfigError, match=r"must be uint8 or float32 \(n, ...\)"):
+        sources.write_feedback(tmp_path / "f", X.astype(int), good)
+    for captions in (["x"], ["x"] * (len(X) - 1) + [" "]):
+        with pytest.raises(ConfigError, match="captions must be .* strings, none of them empty"):
+            sources.write_feedback(tmp_path / "f", X, good, captions=captions)
+        with pytest.raises(ConfigError, match="captions must be"):
+            sources.write_preferences(tmp_path / "f", X, X, captions=captions)
+    with pytest.raises(ConfigError, match="preferences: no examples"):
+        sources.write_preferences(tmp_path / "f", X[:0], X[:0])
+    assert not (tmp_path / "f").exists()
+
+
 def test_bad_preferences(tmp_path, path):
     x = np.zeros((4, 2), np.float32)
     for args in [(x, x[:3]), (x, x.astype(np.uint8)), (x.astype(float), x.astype(float)), (x[:, 0], x[:, 0])]:

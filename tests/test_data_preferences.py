@@ -75,11 +75,11 @@ def test_held_out_pairs_are_apart_in_either_order(tmp_path):
 
 
 def test_captions_come_along(tmp_path):
-    sources.write_preferences(tmp_path / "p", IMAGES[:4, 0], IMAGES[:4, 1], caption=["a", "bb", "c", "d"])
+    sources.write_preferences(tmp_path / "p", IMAGES[:4, 0], IMAGES[:4, 1], captions=["a", "bb", "c", "d"])
     found = next(pipeline(section(tmp_path / "p", text={"name": "bytes", "length": 3}), 4, 0, shuffle=False))
     np.testing.assert_array_equal(found["cond"]["tokens"][1], [ord("b") + 1, ord("b") + 1, 0])
-    with pytest.raises(ConfigError, match="caption must hold 4 texts, not 1"):
-        sources.write_preferences(tmp_path / "q", IMAGES[:4, 0], IMAGES[:4, 1], caption=["a"])
+    with pytest.raises(ConfigError, match="captions must be 4 strings"):
+        sources.write_preferences(tmp_path / "q", IMAGES[:4, 0], IMAGES[:4, 1], captions=["a"])
 
 
 def test_bad_preferences(tmp_path):

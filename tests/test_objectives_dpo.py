@@ -251,3 +251,115 @@ def test_bad_settings_are_refused():
         dpo.loss({"net": NET, "reference": linear(0.1, path=PATHS["vp_linear"]())}, pairs(), None)
     with pytest.raises(ConfigError, match="needs preference pairs .*the data has no win/lose"):
         dpo.rollout({"net": NET}, {"x": jnp.zeros((2, 1)), "win": jnp.zeros((2, 1)), "cond": {}}, KEY)
+
+
+# --- other links
+
+
+@pytest.mark.parametrize(("link", "expected"), [("squared", 0.25), ("hinge", 0.0), ("sigmoid", 1 / (1 + np.e)), ("log_sigmoid", np.log1p(1 / np.e))])
+def test_cost_of_a_margin_of_one(link, expected):
+    nets, batch = with_errors((0.10, 0.12), (0.11, 0.11))
+    assert float(dpo.loss(nets, batch, None, beta=100.0, link=link)[0]) == pytest.approx(expected, abs=1e-7)
+    if link != "hinge":
+        return
+    swapped = {**batch, "win": batch["lose"], "lose": batch["win"]}
+    assert float(dpo.loss(nets, swapped, None, beta=100.0, link=link)[0]) == pytest.approx(2.0)
+
+
+def test_ipo_wants_log_ratios_one_over_two_beta_apart():
+    """2310.12036 eq. 17: the optimum of the difference of log-ratios, half the errors' difference here, is 1 / (2 beta)."""
+    beta = 40.0
+
+    def value(gap):
+        nets, batch = with_errors((0.2 - gap, 0.2), (0.2, 0.2))
+        return dpo.loss(nets, batch, None, beta=beta, link="squared")[0]
+
+    assert abs(float(jax.grad(value)(1 / beta))) < 1e-9 < 1e-2 < -float(jax.grad(value)(0.5 / beta))
+    # The paper's own loss times beta^2.
+    assert float(value(0.01)) == pytest.approx(beta**2 * (0.01 / 2 - 1 / (2 * beta)) ** 2)
+
+
+def test_weights_of_pairs():
+    batch, nets = pairs(4), {"net": NET, "reference": REFERENCE}
+    single = [dpo.loss(nets, {k: v[i : i + 1] if k != "cond" else v for k, v in batch.items()}, None, beta=9.0, anchor=0.3)[0] for i in range(4)]
+    weighted = dpo.loss(nets, {**batch, "weight": jnp.asarray([2.0, 0.0, 1.0, 1.0])}, None, beta=9.0, anchor=0.3)[0]
+    assert float(weighted) == pytest.approx(float(2 * single[0] + single[2] + single[3]) / 4)
+
+
+# --- KTO
+
+
+def asked(scale, offset=0.0):
+    """v = scale x_t + offset + label / 10."""
+    return Model(lambda x_t, t, cond, key: scale * x_t + offset + cond["label"][:, None] / 10, RF, "velocity")
+
+
+def judged(**batch):
+    """A batch as the rollout makes it, with the reference point that the train step would find."""
+    nets = {"net": asked(0.3, 0.2), "reference": asked(-0.1)}
+    out = dpo.judged_rollout({"net": asked(0.3)}, {"cond": {"label": jnp.arange(6)}} | jax.tree.map(jnp.asarray, batch), KEY)
+    return nets, out | {"measured": dpo.reference_point(nets, out, None, beta=3.0)}
+
+
+X = np.random.RandomState(1).standard_normal((6, 2))
+GOOD = np.array([True, False, True, True, False, True])
+
+
+def test_kto_by_hand():
+    """2404.04465: 1 - sigmoid(+-(beta log ratio - Q)) with Q = max(0, mean of the mismatched log-ratios), here with one row's neighbour."""
+    nets, batch = judged(x=X, desirable=GOOD)
+    x_t = (1 - batch["t"])[:, None] * X + batch["t"][:, None] * batch["z"]
+
+    def gain(label):
+        own, other = (np.asarray(s * x_t + o + label[:, None] / 10 - (batch["z"] - X)) for s, o in ((0.3, 0.2), (-0.1, 0.0)))
+        return 1.5 * ((other**2).mean(1) - (own**2).mean(1))
+
+    matched, mismatched = gain(np.arange(6)), gain(np.roll(np.arange(6), 1))
+    assert float(batch["measured"]["reference_point"]) == pytest.approx(mismatched.mean())
+    for point in (mismatched.mean(), -mismatched.mean()):
+        u = np.where(GOOD, 1, -1) * (matched - max(point, 0))
+        value, metrics = dpo.judged_loss(nets, batch | {"measured": {"reference_point": jnp.asarray(point)}}, None, beta=3.0, desirable=2.0)
+        assert float(value) == pytest.approx(np.mean(np.where(GOOD, 2, 1) / (1 + np.exp(u))))
+        assert float(metrics["reference_point"]) == max(point, 0) and float(metrics["margin"]) == pytest.approx(u.mean())
+    assert mismatched.mean() != 0
+
+
+def test_kto_of_pairs_takes_both_members_of_each():
+    nets, batch = judged(win=X, lose=-X)
+    np.testing.assert_array_equal(batch["x"], np.concatenate([X, -X]))
+    np.testing.assert_array_equal(batch["good"], [True] * 6 + [False] * 6)
+    np.testing.assert_array_equal(batch["z"][:6], batch["z"][6:])
+    np.testing.assert_array_equal(batch["other"]["label"], np.roll(np.tile(np.arange(6), 2), 1))
+    # Parts of the batch see the reference point of the whole: the mean over slices is the loss.
+    whole = dpo.judged_loss(nets, batch, None, beta=3.0)[0]
+    part = lambda i: jax.tree.map(lambda v: v[i::2] if v.ndim else v, batch)  # noqa: E731
+    assert float(whole) == pytest.approx(float(np.mean([dpo.judged_loss(nets, part(i), None, beta=3.0)[0] for i in (0, 1)])), rel=1e-12)
+
+
+def test_kto_gradient_is_none_of_the_reference_points():
+    """Where net = reference: - w beta / 4 of the drift's gradient, good rows down and bad rows up."""
+    _, batch = judged(x=X, desirable=GOOD)
+
+    def value(scale):
+        nets = {"net": asked(scale), "reference": asked(0.3)}
+        return dpo.judged_loss(nets, batch | {"measured": dpo.reference_point(nets, batch, None, beta=3.0)}, None, beta=3.0)[0]
+
+    def signed(scale):
+        return jnp.mean(jnp.where(GOOD, 1, -1) * dpo.error(asked(scale), X, batch["z"], batch["t"], batch["cond"], "velocity"))
+
+    # sigmoid'(0) = 1 / 4, and g falls with half the error; the reference point is a constant only because its gradient is stopped.
+    nets = {"net": asked(0.3), "reference": asked(0.3)}
+    at_zero = batch | {"measured": {"reference_point": jnp.zeros(())}}
+    fixed = jax.grad(lambda scale: dpo.judged_loss(nets | {"net": asked(scale)}, at_zero, None, beta=3.0)[0])
+    assert float(fixed(0.3)) == pytest.approx(3.0 / 8 * float(jax.grad(signed)(0.3)), rel=1e-9)
+    assert float(value(0.3)) == pytest.approx(0.5)
+
+
+def test_kto_needs_judgements():
+    with pytest.raises(ConfigError, match="needs preference pairs .* or examples with a mark 'desirable'"):
+        judged(x=X)
+    nets, batch = judged(x=X, desirable=GOOD)
+    with pytest.raises(ConfigError, match="objective.undesirable = 0 should be positive"):
+        dpo.judged_loss(nets, batch, None, undesirable=0)
+    with pytest.raises(ConfigError, match="objective.link = 'ipo' is unknown; valid: hinge, log_sigmoid"):
+        dpo.judged_loss(nets, batch, None, link="ipo")

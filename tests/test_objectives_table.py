@@ -391,6 +391,57 @@ def reward_model():
     return loss, optimum, optimum + jnp.asarray([0.3, 0.2])
 
 
+def diffusion_kto():
+    """With the averse link, and every sample good as often as bad, the reference is the optimum; with a reference point of 0."""
+    batch = {"x": jnp.linspace(-2, 2, 16)[:, None], "z": jnp.cos(jnp.arange(16.0))[:, None], "t": jnp.linspace(0.1, 0.9, 16)}
+    batch = jax.tree.map(lambda v: jnp.concatenate([v, v]), batch) | {"good": jnp.arange(32) < 16, "cond": {}}
+    batch["measured"] = {"reference_point": jnp.zeros(())}
+    reference = LINE.model(RF)
+    player = objectives.build({"name": "diffusion_kto", "beta": 2.0, "link": "log_sigmoid"}).players[0]
+    return lambda theta: player.loss({"net": near(reference, theta), "reference": reference}, batch, None)[0], jnp.zeros(3), CURVE
+
+
+def online_dpo():
+    """IPO's optimum: every winner's log-ratio exceeds its loser's by 1 / (2 beta). The reference predicts nothing, so that an error's
+    drift p^2 - 2 (z - x) p, with p = theta . (1, x_t, t), is quadratic in x: losers are found for the winners by its roots.
+    """
+    random, beta = np.random.RandomState(0), 2.0
+    optimum = np.array([-0.1, 0.2, -0.3])
+    t, z, win = random.uniform(0.1, 0.9, 16), *random.standard_normal((2, 16))
+    a, b = optimum[0] + optimum[1] * t * z + optimum[2] * t, optimum[1] * (1 - t)
+    drift = np.stack([b**2 + 2 * b, 2 * a * b + 2 * a - 2 * z * b, a**2 - 2 * z * a])
+    wanted = (drift * np.stack([win**2, win, np.ones(16)])).sum(0) + 1 / beta
+    lose = np.array([np.roots([d[0], d[1], d[2] - w]).real.max() for d, w in zip(drift.T, wanted)])
+    batch = {k: jnp.asarray(v)[:, None] for k, v in (("win", win), ("lose", lose), ("z", z))} | {"t": jnp.asarray(t), "cond": {}}
+    batch |= reward_batch(16) | {"weight": jnp.ones(16)}
+    nothing = Model(lambda x_t, t, cond, key: 0 * x_t, RF, "velocity")
+    player = objectives.build({"name": "online_dpo", "reward": "ink", "beta": beta, "link": "squared"}).players[0]
+    loss = lambda theta: player.loss({"net": near(nothing, theta), "reference": nothing}, batch, None)[0]  # noqa: E731
+    return loss, jnp.asarray(optimum), jnp.asarray(optimum) + CURVE
+
+
+def stepwise_preference():
+    """IPO's optimum again, of single steps: <mean - mean_ref, win - lose> / std^2 = 1 / (2 beta), where candidates are that far apart."""
+    x, t, s = (np.array(v) for v in ([-1.0, 0.4, 0.9, -0.3], [0.9, 0.7, 0.4, 0.2], [0.8, 0.5, 0.3, 0.1]))
+    beta, a = 2.0, 0.7
+    std = a * np.sqrt(t / (1 - t) * (t - s))
+    # As in flow_grpo: 2505.05470 eq. 9.
+    moved = -(t - s) * (1 + a**2 / 2) * (CURVE[0] + CURVE[1] * x + CURVE[2] * t)
+    pixel = lambda v: jnp.asarray(v).reshape(4, 1, 1, 1, 1)  # noqa: E731
+    batch = {
+        "cond": {}, "before": pixel(x), "win": pixel(x + std**2 / (2 * beta * moved)), "lose": pixel(x), "t": jnp.asarray(t)[:, None],
+        "s": jnp.asarray(s)[:, None], "weight": jnp.ones((4, 1)), "reward": jnp.zeros(4), "rewards": {},
+    }  # fmt: skip
+    settings = {"name": "stepwise_preference", "reward": "ink", "beta": beta, "link": "squared"}
+    player = objectives.build(settings).players[0]
+    reference = lambda x_t, t: jnp.sin(x_t)  # noqa: E731
+
+    def loss(theta):
+        return player.loss({"net": by_pixel(reference, theta), "reference": by_pixel(reference, jnp.zeros(3))}, batch, None)[0]
+
+    return loss, CURVE, CURVE + jnp.asarray([0.3, -0.2, 0.1])
+
+
 def reward_batch(n):
     """What the loss tells of n samples besides."""
     return {"reward": jnp.zeros(n), "rewards": {}, "spread": jnp.zeros(n)}
@@ -610,6 +661,9 @@ CASES = {
     "guidance_distillation": guidance_distillation,
     "reward_model": reward_model,
     "diffusion_dpo": diffusion_dpo,
+    "diffusion_kto": diffusion_kto,
+    "online_dpo": online_dpo,
+    "stepwise_preference": stepwise_preference,
     "flow_grpo": flow_grpo,
     "reward_feedback": reward_feedback,
     "diffusion_nft": diffusion_nft,

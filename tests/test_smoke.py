@@ -52,7 +52,7 @@ def test_every_config_is_tested_here():
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
     mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_grpo", "digits_refl", "digits_nft"}
     mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
-    mine |= {"digits_lora", "digits_dreambooth", "digits_reward"}
+    mine |= {"digits_lora", "digits_dreambooth", "digits_reward", "digits_online_dpo"}
     mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth", "emoji_reward"}  # the last four in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
@@ -261,9 +261,21 @@ def test_digits_dpo(shell, digits):
         f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
     )  # fmt: skip
     check_workdir(shell.home / "dpo")
-    assert rows(shell.home / "dpo")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    (loss, *_) = (row["loss"] for row in rows(shell.home / "dpo") if "loss" in row)
+    assert loss == pytest.approx(np.log(2), abs=1e-6)
+    seen = [row for row in rows(shell.home / "dpo") if "panel/kl" in row]
+    assert [row["step"] for row in seen] == [0, 2, 4] and seen[0]["panel/kl"] < 1e-9 < seen[1]["panel/kl"] and "panel/frechet/pixels" in seen[0]
+    measured = shell("experiments.evaluate", "--checkpoint=dpo", "--count=20", "--steps=2", "--metrics=agreement", "--record=dpo.json")
+    assert '"agreement"' in measured  # against evaluate.data, as preferences are no images
     out = shell("tools.win_rate", "--checkpoint=dpo", f"--against={digits}", "--count=20", "--steps=2")
     assert 0 <= json.loads(out[out.index("{") : out.rindex("}") + 1])["win_rate"] <= 1
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_dpo.py:smoke:kto", "--workdir=kto", "--config.data.path=pairs",
+        f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}", "--config.accumulate=2",
+        "--config.panel.stop={'kl': {'above': 1e-9}}", "--stopped=7",
+    )  # fmt: skip
+    seen = [row for row in rows(shell.home / "kto") if "loss" in row]
+    assert len(seen) == 2 and seen[0]["loss"] == pytest.approx(0.5, abs=1e-6) and seen[0]["reference_point"] == 0
 
 
 def test_digits_reward(shell, digits, judge):
@@ -320,6 +332,16 @@ def test_digits_grpo(shell, digits):
     seen = [row for row in rows(shell.home / "grpo") if "loss" in row]
     assert seen[0]["ratio"] == pytest.approx(1, abs=0.05)
     assert {"kl", "clipped", "reward", "reward/symmetry", "diversity"} <= seen[0].keys()
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke:stepwise"])
+def test_digits_online_preferences(shell, digits, name):
+    shell(
+        "experiments.train", f"--config={ROOT}/configs/digits_online_dpo.py:{name}", f"--workdir={name}",
+        f"--config.roles.reference.checkpoint={digits}", f"--config.roles.net.checkpoint={digits}",
+    )  # fmt: skip
+    check_workdir(shell.home / name)
+    assert rows(shell.home / name)[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_digits_refl(shell, digits, judge):

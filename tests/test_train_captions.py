@@ -7,7 +7,7 @@ from flax.core import meta
 from train_runs import DIT, tiny
 
 from flowjax.config import ConfigError
-from flowjax.data import records
+from flowjax.data import records, sources
 from flowjax.models.text import TextTransformer
 from flowjax.train import export, loop
 from flowjax.train.assembly import Run
@@ -71,6 +71,27 @@ def test_captions_that_are_embedded_and_not_looked_at_are_refused(captioned, tmp
         Run(tiny(data=captioned, model={**DIT, "num_classes": 3}, roles=roles))
     this = Run(tiny(data=captioned, model={"name": "mmdit", "depth": 1, "width": 16, "heads": 2, "table": 4, "base": 4}, roles=roles))
     assert {k: v.shape for k, v in this.example[1].items()} == {"label": (1,), "text": (1, 6, 8), "pooled": (1, 8)}
+
+
+def test_pairs_of_captions_train(captioned, tmp_path):
+    """From files of pairs and of marked examples with captions to a step of training; who looks at no mark is refused them."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 8, 8, 1), np.uint8)
+    sources.write_preferences(tmp_path / "pairs", *images, captions=[f"{i}" for i in range(16)])
+    sources.write_feedback(tmp_path / "marked", images[0], np.arange(16) % 3 == 0, captions=[f"{i}" for i in range(16)])
+    start = Run(tiny(data={**captioned, "name": "array_record"}, model={**JIT, "text_encoder": ENCODER}, prediction="x"))
+    export.write(tmp_path / "start", jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), start.target.params["net"]), start.info(0, "run"))
+    roles = {k: {"checkpoint": str(tmp_path / "start")} for k in ("net", "reference")}
+    changes = {"model": {**JIT, "text_encoder": ENCODER}, "prediction": "x", "roles": roles, "steps": 1}
+    pairs = {"name": "preferences", "path": str(tmp_path / "pairs"), "text": TEXT}
+    marked = {"name": "array_record", "path": str(tmp_path / "marked"), "text": TEXT}
+    with pytest.raises(ConfigError, match=r"are marked as good and bad \(desirable\), which objective .* does not look at"):
+        Run(tiny(**changes | {"roles": {}}, data=marked, objective={"name": "flow_matching"}))
+    for data, objective, metric in ((pairs, "diffusion_dpo", "margin"), (marked, "diffusion_kto", "reference_point")):
+        this = Run(tiny(**changes, data=data, objective={"name": objective}))
+        batch = next(this.pipeline)
+        shapes = lambda tree: jax.tree.map(lambda v: (v.shape, np.dtype(v.dtype)), tree)  # noqa: E731
+        assert shapes(batch) == shapes(this.batch()) and len({*said(batch["cond"])}) > 8
+        assert metric in this.step().lower(this.target, this.frozen, this.batch()).out_info[1]  # traced; compiling would take long
 
 
 def test_a_run_goes_on_with_its_own_tokenizer(captioned, tmp_path):

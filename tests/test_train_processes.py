@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from flowjax.train import log
+from configs import digits
+from flowjax.train import export, log
+from flowjax.train.assembly import Run
 from train_runs import DIT, rows, stored, tiny, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,9 +26,10 @@ ENDLESS = ["--config.steps=100000", "--config.sample.every=0", "--config.validat
 pytestmark = pytest.mark.slow
 
 
-def start(workdir, *flags, devices=1):
+def start(workdir, *flags, devices=1, config="mix4"):
     """python -m experiments.train in a process group of its own."""
-    flags = "--config=configs/mix4.py:smoke", f"--workdir={workdir}", *SETTINGS, *flags
+    settings = SETTINGS if config == "mix4" else SETTINGS[:2]
+    flags = f"--config=configs/{config}.py:smoke", f"--workdir={workdir}", *settings, *flags
     return launch("-m", "experiments.train", *flags, devices=devices)
 
 
@@ -35,10 +39,11 @@ def launch(*arguments, devices=1):
     return subprocess.Popen([sys.executable, *arguments], start_new_session=True, **options)
 
 
-def job(workdir, *flags, processes=2, devices=1):
+def job(workdir, *flags, processes=2, devices=1, config="mix4"):
     """The processes of one job, on as many devices each."""
     coordinator = f"--coordinator=localhost:{free_port()}", f"--processes={processes}", "--heartbeat=20"
-    return [start(workdir, *flags, *coordinator, f"--process_id={i}", devices=devices) for i in range(processes)]
+    options = {"devices": devices, "config": config}
+    return [start(workdir, *flags, *coordinator, f"--process_id={i}", **options) for i in range(processes)]
 
 
 @contextlib.contextmanager
@@ -123,6 +128,29 @@ def test_two_processes_equal_one_bit_for_bit_and_set_a_damaged_checkpoint_aside(
     for code, out in (finished := finish(*job(two))):
         assert code == 0 and "checkpoints/4 is damaged" in out, out
     assert "at step 2 of 4" in finished[0][1] and rows(two) == want
+
+
+def test_two_processes_of_flow_grpo_equal_one_and_stop_together(tmp_path):
+    """Groups lie on both, every rollout is used for two updates, and what ends the run is measured by both."""
+    base = digits.get_config("smoke").to_dict()
+    this, random = Run(base | {"model": base["model"] | {"depth": 1}}), np.random.default_rng(0)
+    params = jax.tree.map(lambda p: 0.2 * random.standard_normal(p.shape, np.float32), this.target.params["net"])
+    export.write(tmp_path / "start", params, this.info(0, "run"))
+    section = {"checkpoint": str(tmp_path / "start")}
+    flags = [f"--config.roles={{'reference': {section}, 'net': {section | {'updates': 2}}}}", "--config.panel.stop={'kl': {'above': 1e-9}}"]
+    flags += ["--config.steps=1000", "--config.sample.every=0", "--config.checkpoint.every=0", "--config.batch_size=16"]
+    # As little to compile as shows all of it.
+    flags += ["--config.model.depth=1", "--config.objective.steps=2", "--config.panel.steps=2", "--config.panel.sampler=euler"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for code, out in (finished := finish(*job(two, *flags, config="digits_grpo")) + finish(start(one, *flags, devices=2, config="digits_grpo"))):
+        assert code == 0, out
+    assert "stopped by panel.stop: kl = " in finished[0][1] and "at step 2: " in finished[0][1]
+    # Each has a share in the sums of a Frechet distance: its last digits may differ.
+    ours, theirs = rows(one), rows(two)
+    near = [[row.pop("panel/frechet/pixels", 0.0) for row in found] for found in (ours, theirs)]
+    assert ours == theirs and near[0] == pytest.approx(near[1], rel=1e-9)
+    assert stored(one, 2)["fingerprints"] == stored(two, 2)["fingerprints"]
+    assert [row["step"] for row in rows(two) if "panel/kl" in row] == [0, 2] and any("clipped" in row for row in rows(two))
 
 
 def goes_on(run, flags, step, signum, after):

@@ -86,7 +86,7 @@ def by_reward():
     label = None if given.labels is None else given.labels[kept]
     caption = [p for p, keep in zip(given.prompts, kept, strict=True) if keep] if given.prompts else None
     meta = {**judging.told(), **given.about()}
-    write(OUT.value, *columns, label, given.classes, meta, overwrite=OVERWRITE.value, caption=caption, holdout=HOLDOUT.value)
+    write(OUT.value, *columns, label, given.classes, meta, overwrite=OVERWRITE.value, captions=caption, holdout=HOLDOUT.value)
     what = "rankings" if RANKINGS.value else "pairs"
     tied = int((~kept).sum())
     print(f"{given.count - tied} {what} in {OUT.value}; reward {judging.REWARD.value}: {scores.mean():.4f} on average, {tied} prompts tied")

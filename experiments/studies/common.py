@@ -7,6 +7,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 from absl import flags
@@ -38,7 +39,8 @@ def train(name: str, settings: dict) -> pathlib.Path:
 
     workdir, told = pathlib.Path(RUNS.value) / name, json.dumps(settings, sort_keys=True, default=str)
     if _finished.get(str(workdir)) != told:  # finding out takes seconds, and studies ask for the same run many times
-        if loop.run(settings, workdir) < settings["steps"]:
+        loop.run(settings, workdir, stop := threading.Event())
+        if stop.is_set():
             raise SystemExit(f"stopped on request in {workdir}; the same command goes on")
         _finished[str(workdir)] = told
     return workdir

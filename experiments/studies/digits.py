@@ -16,6 +16,21 @@ def teacher(seed: int):
     return common.train(f"digits/{seed}", common.config("digits", seed=seed))
 
 
+def pairs(seed: int, workdir, count: int = 1000):
+    """Preference pairs of a teacher, made where they are not: best against worst of 4 unguided samples by their ink, `count` times."""
+    from flowjax.data.sources import write_preferences
+    from flowjax.evals import image, protocol, rewards
+
+    out = workdir / "pairs"
+    if not out.exists():
+        labels = np.repeat(protocol.labels(count, 10, "balanced", 100 + seed), 4)
+        x = image.quantise(common.samples(workdir, labels, seed=100 + seed, **UNGUIDED))
+        scores = rewards.reward("ink", x, labels).reshape(-1, 4)
+        win, lose, kept = rewards.best_and_worst(x.reshape(-1, 4, *x.shape[1:]), scores)
+        write_preferences(out, win, lose, labels[::4][kept], 10, {"reward": "ink", "seed": 100 + seed})
+    return out
+
+
 def main():
     runtime.setup()
     from flowjax.evals import agreement, image, protocol, rewards
@@ -65,19 +80,10 @@ def main():
     text += ["", "## Consistency distillation (guidance 2 baked in), 500 steps", "", common.table("digits_cd", head, rows)]
 
     # --- preference
-    from flowjax.data.sources import write_preferences
-
     rates, drops, inks, tuned0 = [], [], [], None
     for s, w in zip(seeds, teachers):
-        pairs = w / "pairs"
-        if not pairs.exists():
-            labels = np.repeat(protocol.labels(1000, 10, "balanced", 100 + s), 4)
-            x = image.quantise(common.samples(w, labels, seed=100 + s, **UNGUIDED))
-            scores = rewards.reward("ink", x, labels).reshape(-1, 4)
-            win, lose, kept = rewards.best_and_worst(x.reshape(-1, 4, *x.shape[1:]), scores)
-            write_preferences(pairs, win, lose, labels[::4][kept], 10, {"reward": "ink", "seed": 100 + s})
         tuned = common.train(f"digits_dpo/{s}", common.config(
-            "digits_dpo", seed=s, data={"path": str(pairs)}, roles={r: {"checkpoint": str(w)} for r in ("reference", "net")}
+            "digits_dpo", seed=s, data={"path": str(pairs(s, w))}, roles={r: {"checkpoint": str(w)} for r in ("reference", "net")}
         ))  # fmt: skip
         tuned0 = tuned if s == 0 else tuned0
         labels = protocol.labels(1000, 10, "balanced", 200 + s)

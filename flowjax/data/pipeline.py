@@ -4,6 +4,7 @@
     {"win": ..., "lose": ..., "cond": ...}                                                       for preference pairs
     {"ranked": (b, K, H, W, C), "cond": ...}                                          for rankings of K images, the best first
     {"x": ..., "z": ..., "cond": ...}                                       for couplings: z is the noise that x was made from
+    {"x": ..., "desirable": bool (b,), "cond": ...}                                  for examples that are marked as good or bad
     {"x": ..., "prior": bool (b,), "cond": ...}             for mixtures with `prior`: which rows are of the parts that it names
 
 With a tokenizer (`text`, see flowjax.data.text) "cond" holds "tokens" too, of one of the image's captions; embeddings that are
@@ -27,7 +28,7 @@ from flowjax import conditions
 from flowjax.config import ConfigError, arguments, check, lookup, split as split_section
 from flowjax.data import counter, images, records, text as text_lib
 from flowjax.data.records import DataError
-from flowjax.data.sources import SOURCES
+from flowjax.data.sources import MARK, SOURCES
 
 CACHE_BYTES = 2**29  # data sets up to this size, decoded, are held in memory
 ARRAY_BYTES = 2**32  # what `arrays` may make
@@ -181,7 +182,7 @@ class _Part:
                     f"{self.manifest['name']} ({self.manifest['split']} row {indices[bad[0]]}): label {label[bad[0]]} is outside "
                     f"0..{self.num_classes - 1}"
                 )
-        for key in self.manifest.get("embeddings", {}):
+        for key in [*self.manifest.get("embeddings", {}), *{MARK} & columns.keys()]:
             out[key] = columns[key]
         if self.tokenizer:
             out["caption"] = np.array(columns["caption"], object)
@@ -255,6 +256,8 @@ def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         value = columns[key]
         value, stored = value.astype(np.float32, copy=False), value.dtype
         batch[_PIXELS[key]] = value / np.float32(127.5) - np.float32(1) if stored == np.uint8 else value
+    if MARK in columns:
+        batch[MARK] = columns[MARK] != 0
     batch["cond"] = {k: np.asarray(columns[k], dtype) for k, dtype in conditions.DTYPES.items() if k in columns}
     return batch
 

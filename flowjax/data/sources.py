@@ -2,7 +2,8 @@
 
 `read(indices)` returns a dict of columns: "image" uint8 (n, H, W, C), or a list of (H, W, C) of several sizes; "x" float32
 (n, ...) for points; "win" and "lose" for preference pairs, "ranked" (n, K, H, W, C) for rankings, the best first; "label" int32
-(n,); "caption" list of strings, several captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings.
+(n,); "caption" list of strings, several captions of an image on a line each; "text" and "pooled" floats, a caption's embeddings;
+"desirable" int32 (n,), 1 for examples that are marked as good and 0 for bad ones.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from flowjax.config import ConfigError
 from flowjax.data import counter, images, records
 from flowjax.data.records import DataError
 
+MARK = "desirable"
 NOISE = 7  # a purpose of random numbers (flowjax.data.counter): which preferences are turned round
 
 
@@ -167,45 +169,63 @@ def preferences(split: str, path: str, noise: float = 0.0, noise_seed: int = 0) 
 
 
 def write_preferences(
-    path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, caption=None,
+    path, win, lose, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, captions=None,
     holdout: float = 0.0, files: Mapping[str, bytes] | None = None,
 ):  # fmt: skip
     """Write preference pairs as records; returns the manifest.
 
     **Arguments:** `win`, `lose` (n, ...) uint8 images or float32 arrays as a model makes them; `label` (n,) integers in
-    0..num_classes - 1; `caption` n texts; `meta` tells how the pairs came about and is kept in the manifest; `holdout`, in [0, 1),
-    the share that becomes split "test", chosen by a hash of the images: a pair in either order is on one side; `files` are kept
-    beside the records.
+    0..num_classes - 1, `captions` n strings: what both of a pair were asked for; `meta` tells how the pairs came about and is kept in
+    the manifest; `holdout`, in [0, 1), the share that becomes split "test", chosen by a hash of the images: a pair in either order is
+    on one side; `files` are kept beside the records.
     """
     win, lose = np.asarray(win), np.asarray(lose)
     if win.shape != lose.shape or win.dtype != lose.dtype or win.dtype not in (np.uint8, np.float32) or win.ndim < 2:
         found = f"win {win.dtype}{win.shape} and lose {lose.dtype}{lose.shape}"
         raise ConfigError(f"{found} must be alike: uint8 or float32 (n, ...)")
-    return _write(path, {"win": win, "lose": lose}, label, num_classes, meta, overwrite, caption, holdout, files)
+    return _write(path, {"win": win, "lose": lose}, "preferences", label, num_classes, meta, overwrite, captions, holdout, files)
 
 
 def write_rankings(
-    path, ranked, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, caption=None,
+    path, ranked, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, captions=None,
     holdout: float = 0.0,
 ):  # fmt: skip
     """`write_preferences` of rankings: `ranked` (n, K, H, W, C) uint8, the best of each K first."""
     ranked = np.asarray(ranked)
     if ranked.ndim != 5 or ranked.shape[1] < 2 or ranked.dtype != np.uint8:
         raise ConfigError(f"ranked {ranked.dtype}{ranked.shape} must be uint8 (n, K, H, W, C), K at least 2")
-    return _write(path, {"ranked": ranked}, label, num_classes, meta, overwrite, caption, holdout)
+    return _write(path, {"ranked": ranked}, "preferences", label, num_classes, meta, overwrite, captions, holdout)
 
 
-def _write(path, columns, label, num_classes, meta, overwrite, caption, holdout, files=None):
+def write_feedback(
+    path, x, desirable, label=None, num_classes: int = 0, meta: Mapping | None = None, overwrite: bool = False, captions=None
+):
+    """Write examples that are marked one by one, good (True) or bad, as records with one split, train; returns the manifest.
+
+    **Arguments:** `x` (n, ...) uint8 images or float32 arrays; `desirable` (n,) bools, not all alike; the rest as in `write_preferences`.
+    """
+    x, desirable = np.asarray(x), np.asarray(desirable)
+    if x.dtype not in (np.uint8, np.float32) or x.ndim < 2:
+        raise ConfigError(f"x {x.dtype}{x.shape} must be uint8 or float32 (n, ...)")
+    if desirable.shape != x.shape[:1] or desirable.dtype != bool:
+        raise ConfigError(f"{MARK} must hold {len(x)} bools, got {desirable.dtype}{desirable.shape}")
+    if len(x) and desirable.all() == desirable.any():
+        raise ConfigError(f"all {len(x)} examples are marked as {'good' if desirable.all() else 'bad'}: there is nothing to tell apart")
+    columns = {"image" if x.dtype == np.uint8 else "x": x, MARK: desirable.astype(np.int32)}
+    return _write(path, columns, "feedback", label, num_classes, meta, overwrite, captions)
+
+
+def _write(path, columns, name, label, num_classes, meta, overwrite, captions, holdout=0.0, files=None):
     count = len(next(iter(columns.values())))
     members = [m for v in columns.values() for m in (v.swapaxes(0, 1) if v.ndim == 5 else [v])]
     if label is not None:
-        columns["label"] = label = np.asarray(label, np.int32)
+        label = columns["label"] = np.asarray(label, np.int32)
         if label.shape != (count,) or np.any((label < 0) | (label >= num_classes)):
             raise ConfigError(f"label must hold {count} integers in 0..{num_classes - 1} (num_classes = {num_classes})")
-    if caption is not None:
-        columns["caption"] = caption = [str(c) for c in caption]
-        if len(caption) != count:
-            raise ConfigError(f"caption must hold {count} texts, not {len(caption)}")
+    if captions is not None:
+        columns["caption"] = captions = list(captions)
+        if len(captions) != count or not all(isinstance(c, str) and c.strip() for c in captions):
+            raise ConfigError(f"captions must be {count} strings, none of them empty; got {len(captions)}")
     if not 0 <= holdout < 1:
         raise ConfigError(f"holdout = {holdout} should be a share, in [0, 1)")
 
@@ -218,7 +238,7 @@ def _write(path, columns, label, num_classes, meta, overwrite, caption, holdout,
         raise ConfigError(f"holdout = {holdout} of {count} pairs leaves one split empty; use another share or more pairs")
     rows = ((sides[i], f"{path} (row {i})", {k: v[i] for k, v in columns.items()}) for i in range(count))
     classes = num_classes if label is not None else 0
-    return records.write(path, rows, name="preferences", num_classes=classes, source=meta, overwrite=overwrite, files=files)
+    return records.write(path, rows, name=name, num_classes=classes, source=meta, overwrite=overwrite, files=files)
 
 
 def _toy(toy: str, split: str, seed: int = 0) -> Source:

@@ -191,6 +191,24 @@ def _split(data: Mapping, name: str) -> tuple[np.ndarray, np.ndarray]:
     return images, label
 
 
+def real(section, manifest: Mapping, splits: Mapping) -> dict:
+    """The data that samples are measured against, as `evaluate` takes it: images, also where `section` holds latents of them.
+
+    manifest: of the data the network was trained on; splits: {"train_split", "test_split"}.
+    """
+    from flowjax.data.pipeline import arrays
+    from flowjax.data.text import without
+
+    def part(split):
+        # Samples are compared with images, not with latents made of them, and whatever is said of them.
+        found = arrays(without(manifest.get("latents", {}).get("section", section)), split, embedded=False)
+        if "x" not in found:
+            raise ConfigError(f"data {section} are preferences, not images to compare samples with: set evaluate.data (or give --data)")
+        return {"x": found["x"], "label": found["cond"].get("label", np.zeros(len(found["x"]), np.int32))}
+
+    return {k: part(splits[f"{k}_split"]) for k in ("train", "test")}
+
+
 def evaluate(images: np.ndarray, labels: np.ndarray | None, data: Mapping, settings: Mapping) -> dict:
     """Measure generated images against real ones.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from flowjax import config
 from flowjax.objectives import add, classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, grpo, guidance_distillation
-from flowjax.objectives import imm, lcm, mae, moment, nft, progressive, repa, reward_feedback, reward_model, scm, vae
+from flowjax.objectives import imm, lcm, mae, moment, nft, online_dpo, progressive, repa, reward_feedback, reward_model, scm, stepwise, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -40,6 +40,9 @@ OBJECTIVES: dict[str, Objective] = {
     "shortcut": flow_map.SHORTCUT,
     "reward_model": reward_model.OBJECTIVE,
     "diffusion_dpo": dpo.OBJECTIVE,
+    "diffusion_kto": dpo.KTO,
+    "online_dpo": online_dpo.OBJECTIVE,
+    "stepwise_preference": stepwise.OBJECTIVE,
     "flow_grpo": grpo.OBJECTIVE,
     "reward_feedback": reward_feedback.OBJECTIVE,
     "diffusion_nft": nft.OBJECTIVE,
@@ -62,6 +65,7 @@ class BoundObjective(NamedTuple):
     conditions: Mapping[str, tuple[int, ...]] = {}
     reads: Mapping[str, str] = {}
     pixels: bool = False
+    judged: bool = False
 
 
 def bind(objective: Objective, settings: Mapping, where: str = "objective") -> BoundObjective:

@@ -35,7 +35,7 @@ class Objective(NamedTuple):
     the noise batch["z"] that the data bring along (couplings), where they do; conditions: name (of flowjax.conditions) -> shape of one
     example, of what the rollout adds to the batch's cond and the data do not have; reads: role -> image encoder whose grid of tokens it
     takes instead of examples, where the run has that encoder; pixels: looks at images, which roles.vae, where there is one, decodes:
-    data that are latents already are refused."""
+    data that are latents already are refused; judged: takes the mark batch["desirable"] of data that have one."""
 
     roles: Mapping[str, str]
     players: tuple[Player, ...]
@@ -46,6 +46,7 @@ class Objective(NamedTuple):
     conditions: Mapping[str, tuple[int, ...]] = {}
     reads: Mapping[str, str] = {}
     pixels: bool = False
+    judged: bool = False
 
 
 def mean_dims(x):

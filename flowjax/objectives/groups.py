@@ -6,8 +6,8 @@ rollout, which sees the whole batch; a loss finds each row's advantage in the ba
 
 import jax.numpy as jnp
 
-from flowjax import rewards
-from flowjax.config import ConfigError
+from flowjax import rewards, samplers, times
+from flowjax.config import ConfigError, keywords
 from flowjax.objectives.base import mean_dims
 
 JUDGES = ("classifier", "reward")  # what roles.reward may be
@@ -28,6 +28,36 @@ def judged(nets, x, cond, reward):
     """(weighted sum (B,), {name: (B,)}) of the rewards of samples x, which roles.vae decodes where it takes part."""
     images = nets["vae"].decode(x) if "vae" in nets else x
     return rewards.score(reward, images, cond.get("label"), nets.get("reward"), cond=cond)
+
+
+def drawn(nets, role: str, batch, keys, reward, size: int, steps: int, sampler, grid):
+    """(cond, samples, their rewards as of `judged`): groups that the network of `role` draws, one sample a row of the batch.
+
+    keys: of the noise at the start, and of the sampler. reward, steps, sampler, grid: settings of an objective.
+    """
+    net, (n, *shape) = nets[role], batch["x"].shape
+    check(size, n)
+    at = times.grid(steps, net.path, prediction=net.prediction, **keywords(grid))
+    cond = first(batch["cond"], size)
+    begin = samplers.noise(net.path, keys[0], (n, *shape), at[0])
+    made = samplers.sample(net, begin, keys[1], at, sampler, cond=cond)
+    return cond, made, *judged(nets, made, cond, reward)
+
+
+def extremes(reward, size: int, even_weights: bool = True):
+    """(rows of the best, rows of the worst, weights), one of each group: the weight is 0 where all of a group score the same.
+
+    even_weights: see `even`; else 1 where they do not. A reward that is not a number makes the weight so: the choice would mean nothing.
+    """
+    grouped = reward.reshape(-1, size)
+    start = jnp.arange(len(grouped)) * size
+    kept = jnp.where(jnp.isnan(jnp.sum(grouped, 1)), jnp.nan, 1.0 * (jnp.max(grouped, 1) > jnp.min(grouped, 1)))
+    return start + jnp.argmax(grouped, 1), start + jnp.argmin(grouped, 1), even(kept) if even_weights else kept
+
+
+def even(kept):
+    """Weights, of mean 1 over all rows, of those that are kept (1.0 or 0.0): losses may then be means over slices."""
+    return kept / jnp.maximum(jnp.mean(kept), 1e-6)
 
 
 def advantages(reward, size: int, std: str = "group", limit: float = 5.0):

@@ -15,7 +15,7 @@ out: their anchor of 1e-4 is 2e-5 beta here. Dropout is off, and nothing is guid
 import jax
 import jax.numpy as jnp
 
-from flowjax import predictions, samplers, times
+from flowjax import predictions, times
 from flowjax.config import ConfigError, keywords
 from flowjax.objectives import groups
 from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
@@ -31,15 +31,10 @@ def rollout(
     (objectives.groups). time: a section of flowjax.times.
     """
     old, (n, *shape) = nets["old"], batch["x"].shape
-    groups.check(group, n)
     if draws < 1:
         raise ConfigError(f"objective.draws = {draws} should be at least 1")
-    at = times.grid(steps, old.path, prediction=old.prediction, **keywords(grid))
     key_start, key_walk, key_t, key_z = jax.random.split(key, 4)
-    cond = groups.first(batch["cond"], group)
-    begin = samplers.noise(old.path, key_start, (n, *shape), at[0])
-    made = samplers.sample(old, begin, key_walk, at, sampler, cond=cond)
-    total, each = groups.judged(nets, made, cond, reward)
+    cond, made, total, each = groups.drawn(nets, "old", batch, (key_start, key_walk), reward, group, steps, sampler, grid)
     return {
         "cond": cond, "x": made, "reward": total, "rewards": each, "spread": groups.spread(made, group),
         "good": 0.5 + groups.advantages(total, group, std, limit) / (2 * limit),

@@ -12,6 +12,7 @@ from flowjax import conditions, generate, objectives
 from flowjax.config import ConfigError, bind, keywords, lookup
 from flowjax.data import text as text_lib
 from flowjax.data.pipeline import pipeline
+from flowjax.data.sources import MARK
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
@@ -128,8 +129,10 @@ class Run:
         for name, (_, of) in self.averages.items():
             if self.objective.roles.get(of) != "trained":
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
-        if "z" in self.pipeline.manifest.get("columns", ()) and not self.objective.coupled:
+        if "z" in self.columns and not self.objective.coupled:
             raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
+        if MARK in self.columns and not self.objective.judged:
+            raise ConfigError(f"the data are marked as good and bad ({MARK}), which objective {config['objective']!r} does not look at")
         if ("prior" in self.pipeline.manifest) != (keywords(config["objective"]).get("prior") is not None):
             raise ConfigError("data.prior (of a mixture) marks the rows whose weight objective.prior says: give both or none")
         if "prior" in self.pipeline.manifest and max(self.updates.values()) > 1:
@@ -140,6 +143,12 @@ class Run:
         self._places()
         self.added = {name: self._added(name) for name in self.trained if name in self.loaded}
         self._check_conditions()
+
+    @property
+    def columns(self):
+        """What the data hold of an example; of a mixture, what each of its parts does."""
+        manifest = self.pipeline.manifest
+        return manifest.get("parts", [manifest])[0].get("columns", ())
 
     @property
     def trained(self):
@@ -407,12 +416,12 @@ class Run:
         """The global batch as ShapeDtypeStructs, for compiling ahead of time; shape: of an example, where buckets have several."""
         rows = mesh_lib.batch_sharding(self.mesh)
         one = lambda shape, dtype: jax.ShapeDtypeStruct((self.config["batch_size"], *shape), dtype, sharding=rows)  # noqa: E731
-        columns = self.pipeline.manifest.get("columns", ())
+        columns = self.columns
         names = ("win", "lose") if "win" in columns else ("x", "z") if "z" in columns else ("x",)
         lead = (self.pipeline.manifest["ranks"],) if "ranked" in columns else ()
         names = ("ranked",) if lead else names
         cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
-        marks = {"prior": one((), bool)} if "prior" in self.pipeline.manifest else {}
+        marks = {k: one((), bool) for k, there in (("prior", "prior" in self.pipeline.manifest), (MARK, MARK in columns)) if there}
         return {**{k: one((*lead, *(shape or self.pipeline.shape)), jnp.float32) for k in names}, **marks, "cond": cond}
 
     def jit(self, fn):
@@ -441,6 +450,10 @@ class Run:
     def drawing(self, params):
         """What a `sampler` takes: parameters of the role "net" with those of the networks between it and the user."""
         return params, self.codecs
+
+    def average(self, role: str):
+        """Name of the average by which a role is judged: the first that no objective takes for itself; None where there is none."""
+        return next((k for k, (_, of) in self.averages.items() if of == role and k not in self.objective.roles), None)
 
     def tokens(self, prompts, where: str):
         """{"tokens": ids} of prompts."""
@@ -491,7 +504,7 @@ class Run:
     def validate(self):
         """jitted (state, frozen, batch, index) -> loss of the first average of the first player's role, or of its parameters."""
         player = self.objective.players[0]
-        name = next((k for k, (_, of) in self.averages.items() if of == player.role and k not in self.objective.roles), None)
+        name = self.average(player.role)
 
         def loss(state, frozen, batch, index):
             with sharding.use(self.mesh, self.rules):

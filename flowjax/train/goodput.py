@@ -8,7 +8,7 @@ names, here and nowhere else, in seconds:
     step        the steps: waiting for the device, and the host's own work between steps
     data        waiting for the next batch while the device has nothing to do
     save        checkpoints and snapshots, as far as they hold up the loop
-    validation  the held-out loss, with its compilation
+    validation  the held-out loss and the panel, with their compilation
     sample      pictures and curves, with their compilation
     lost        what a killed process did after the checkpoint from which the next one went on
 

@@ -27,7 +27,7 @@ class Log:
         self._bar = self._board = self._file = None
         if not self.main:
             return
-        rows = [row for row in read(self.path) if row["step"] <= start] if self.path.exists() else []
+        rows = [row for row in read(self.path) if row["step"] <= start] if start and self.path.exists() else []
         self._lines = [json.dumps(row) + "\n" for row in rows]
         self.path.write_text("".join(self._lines))
         self._file = None if files.remote(self.path) else self.path.open("a", buffering=1)

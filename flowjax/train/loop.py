@@ -16,7 +16,7 @@ import numpy as np
 from flowjax import conditions, generate
 from flowjax.config import ConfigError
 from flowjax.models import flops
-from flowjax.train import card, checkpoint, files, goodput, log, optim, pictures, posthoc, settings
+from flowjax.train import card, checkpoint, files, goodput, log, optim, panel, pictures, posthoc, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run
@@ -27,7 +27,8 @@ class NonFinite(FloatingPointError):
 
 
 def run(config, workdir, stop: threading.Event | None = None, began: float | None = None) -> int:
-    """Train until config.steps, or until SIGTERM / SIGINT (or `stop`) asks to save and leave. Returns the last step.
+    """Train until config.steps, until what panel.stop says, or until SIGTERM / SIGINT (or `stop`) asks to save and leave; in that last
+    case `stop` is set afterwards. Returns the last step.
 
     The same call with the same workdir (a folder, or a bucket's gs://...) resumes. began: time.monotonic() when the process
     started, for flowjax.train.goodput. Raises ConfigError on bad settings, before anything is written, and NonFinite when the
@@ -58,6 +59,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     draws = this.roles["net"].module.kind in ("denoiser", "autoencoder")
     draw = _drawer(this, workdir) if draws or config["sample"]["every"] else None
     validate = _validation(this) if config["validation"]["every"] else None
+    measure = panel.Panel(this) if config["panel"]["every"] else None
     _check_best(config, lowered[this.pipeline.shape].out_info[1])
     _claim(workdir, this)
     if main:
@@ -82,9 +84,10 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         this.pipeline.set_state(extra["data"])
         window["rows"], values, saved = extra["window"], extra["values"], first
     steps = config["steps"]
-    if first >= steps:
+    halted = measure.halted(values) if measure else ""
+    if first >= steps or halted:
         if main:
-            print(f"{workdir} is already at step {first} of {steps}")
+            print(f"{workdir} is already at step {first} of {steps}" + f", where it stopped ({halted})" * bool(halted))
         return first
     spent = workdir / "goodput.json"
     if main:
@@ -118,6 +121,14 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
             pictures.curves(log.read(workdir / "metrics.jsonl"), workdir / "curves.png")
             window["drawn"] = time.monotonic()
 
+    def look(step):
+        """Measure samples; why to stop, or ""."""
+        with clock.during("validation"):
+            seen = measure(state)
+        values.update(seen)
+        say.write(step, seen)
+        return measure.halted(values)
+
     def report(step, metrics, rates):
         """Read the metrics of a finished step; NonFinite names what went wrong. Nothing here may ask the device for more, which
         is busy with the step after."""
@@ -126,7 +137,8 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         for role, flags in finite.items():
             if not flags.all():
                 names = [*checkpoint.names_of(this.target.params[role]), "the loss"]
-                bad = [n for n, ok in zip(names, flags) if not ok]
+                rewards = [k for k in metrics if k.startswith(("reward", f"{role}/reward")) and not np.isfinite(metrics[k])]
+                bad = [f"the metric {k!r}" for k in rewards] + [n for n, ok in zip(names, flags) if not ok]
                 raise NonFinite(
                     f"step {step}: not finite in role {role!r}: {', '.join(bad[:6])}{f' and {len(bad) - 6} more' if len(bad) > 6 else ''}; "
                     f"the state before it was kept, the last checkpoint is {max(saver.steps(), default=None)}"
@@ -154,7 +166,9 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     clock.enter("step")
     window["since"] = clock.seconds()
     pending, step = None, first
-    while step < steps and not _asked_to_stop(stop, step - first):
+    if measure and first == 0:
+        halted = look(0)
+    while step < steps and not halted and not _asked_to_stop(stop, step - first):
         clock.enter("data")
         batch = mesh_lib.place(next(this.pipeline), this.mesh)
         clock.enter("step", was="data" if pending is None or _ready(pending[1]) else "step")
@@ -165,7 +179,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
             report(*pending)
             say.advance(pending[0], loss=_first_loss(pending[1]))
         pending = step, metrics, rates
-        every = {k: config[k]["every"] for k in ("checkpoint", "validation", "sample")}
+        every = {k: config[k]["every"] for k in ("checkpoint", "validation", "panel", "sample")}
         due = {k: n > 0 and (step % n == 0 or step == steps) for k, n in every.items()}
         kept = [k for k, (_, every) in this.snapshots.items() if step % every == 0 or step == steps]
         if kept or any(due.values()):
@@ -178,6 +192,8 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
                 with clock.during("validation"):
                     values["validation_loss"] = validate(state)
                 say.write(step, {"validation_loss": values["validation_loss"]})
+            if due["panel"]:
+                halted = look(step)
             if due["sample"]:
                 with clock.during("sample"):
                     draw(state, step)
@@ -197,7 +213,10 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
         curves()
     if main:
         clock.keep(spent, saver.steps(), step)
-    say.say(f"{'stopped on request' if step < steps else 'done'} at step {step}: {workdir} ({clock.text()})")
+    if step < steps and not halted:
+        stop.set()
+    ended = f"stopped by {halted}," if halted else "stopped on request" if step < steps else "done"
+    say.say(f"{ended} at step {step}: {workdir} ({clock.text()})")
     return step
 
 
@@ -324,7 +343,7 @@ def _drawer(this, workdir):
     """draw(state, step): samples of the net (or reconstructions of an autoencoder) as a picture in workdir/samples."""
     section = this.config["sample"]
     role = this.roles["net"]
-    name = next((k for k, (_, of) in this.averages.items() if of == "net" and k not in this.objective.roles), None)
+    name = this.average("net")
     weights = lambda state: this.whole("net", state.params["net"] if name is None else state.ema[name])  # noqa: E731
     if role.module.kind == "autoencoder":
         x = np.asarray(this.first(10)["x"])

@@ -36,8 +36,19 @@ def sample(steps: int = 50, sampler="heun", grid="uniform", guidance="none", eve
 
 
 def evaluate(count: int = 1000, metrics=("frechet", "agreement"), features=("pixels",), judge="svm", batch: int = 250, seed: int = 0,
-             train_split: str = "train", test_split: str = "test", labels: str = "balanced"):
-    """What experiments.evaluate measures (flowjax.evals), on how many samples, against which splits."""
+             train_split: str = "train", test_split: str = "test", labels: str = "balanced", data=""):
+    """What experiments.evaluate measures (flowjax.evals), on how many samples, against which splits; data: of what section, where it
+    is not the run's own (of which preferences are no images to compare with)."""
+
+
+def panel(every: int = 0, count: int = 500, rewards=(), metrics=("agreement", "frechet"), steps: int = 10, sampler="heun", grid="uniform",
+          guidance="none", prompts=(), noise: float = 0.7, seed: int = 0, stop={}):
+    """Samples measured as training goes on (flowjax.train.panel), every so many steps (0 = never), with evaluate's features, judge,
+    splits and data.
+
+    rewards: names, () for those of the objective. steps, sampler, grid, guidance: of sampling; prompts: as in `sample`. noise: of the
+    trajectories whose divergence is kl. stop: {metric: {"above": bound, "below": bound}}, beyond which the run ends.
+    """
 
 
 def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", input_scaling=None,
@@ -56,10 +67,11 @@ SECTIONS = {
     "validation": validation,
     "sample": sample,
     "evaluate": evaluate,
+    "panel": panel,
 }
 
 # Keys that may change between the start of a run and its resumption: they do not touch what is computed at a given step.
-MAY_CHANGE = ("mesh", "rules", "log", "checkpoint", "validation", "sample", "evaluate", "steps")
+MAY_CHANGE = ("mesh", "rules", "log", "checkpoint", "validation", "sample", "evaluate", "panel", "steps")
 
 
 def defaults() -> dict:
@@ -105,7 +117,8 @@ def config_dict(**changes):
 AT_LEAST = {
     "steps": 1, "batch_size": 1, "accumulate": 1, "log.every": 1, "checkpoint.every": 0, "checkpoint.keep": 1,
     "checkpoint.keep_every": 0, "validation.every": 0, "validation.batches": 1, "sample.steps": 1, "sample.every": 0,
-    "sample.count": 1, "evaluate.count": 1, "evaluate.batch": 1,
+    "sample.count": 1, "evaluate.count": 1, "evaluate.batch": 1, "panel.every": 0, "panel.count": 2,
+    "panel.steps": 1,
 }  # fmt: skip
 
 
@@ -125,6 +138,8 @@ def resolve(config) -> dict:
             raise ConfigError(f"config.{name} = {merged[name]!r} should be a section: {{key: value, ...}}")
     for name, fn in SECTIONS.items():
         merged[name] = {**known[name], **check(fn, merged[name], name)}
+    if not isinstance(merged["panel"]["stop"], Mapping) or (merged["panel"]["stop"] and not merged["panel"]["every"]):
+        raise ConfigError(f"config.panel.stop = {merged['panel']['stop']!r} should be a section {{metric: bounds}}, and needs panel.every > 0")
     merged["roles"] = {name: _role(name, section) for name, section in merged["roles"].items()}
     for name, wanted in (("seed", int), ("steps", int), ("batch_size", int), ("accumulate", int), ("prediction", str)):
         if not isinstance(merged[name], wanted) or isinstance(merged[name], bool):
