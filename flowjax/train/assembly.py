@@ -14,7 +14,7 @@ from flowjax.data.pipeline import pipeline
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
-from flowjax.train import checkpoint, ema, export, generator, lora, optim, settings
+from flowjax.train import checkpoint, ema, export, files, generator, lora, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, domain, same_domain, same_shapes
@@ -43,7 +43,7 @@ def build_roles(config, objective):
         elif kind in ("frozen", "optional"):
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
-            if any(section[k] for k in (*NETWORK, "optimizer", "every", "lora")) or section["updates"] != 1:
+            if any(section[k] for k in (*NETWORK, "optimizer", "every", "lora", "average")) or section["updates"] != 1:
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}")
             usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
@@ -118,6 +118,7 @@ class Run:
         for name, (_, of) in self.averages.items():
             if self.objective.roles.get(of) != "trained":
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
+        self.continued = {k: v for name in self.trained for k, v in self._continued(name).items()}
         if "z" in self.pipeline.manifest.get("columns", ()) and not self.objective.coupled:
             raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
         if ("prior" in self.pipeline.manifest) != (keywords(config["objective"]).get("prior") is not None):
@@ -336,6 +337,28 @@ class Run:
         same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
         return added
 
+    def _continued(self, role: str):
+        """{average: (parameters of the one that it goes on with, how many updates that has had)} (roles.<role>.average)."""
+        section = self.config["roles"].get(role) or {}
+        if not (source := section.get("average")):
+            return {}
+        where = f"roles.{role}.average = {source!r}"
+        if section["lora"] is not None:
+            raise ConfigError(f"{where}: an adapter begins anew, and so do its averages")
+        mine = [k for k, (_, of) in self.averages.items() if of == role and k not in self.objective.roles]
+        if not mine:
+            raise ConfigError(f"{where}: this run has no average of {role} (ema) that could go on with it")
+        if kept := [k for k in mine if k in self.snapshots]:
+            raise ConfigError(f"{where}: ema.{kept[0]}.snapshot_every counts from the start of a run; set it to 0")
+        if source == "params" or (files.path(section["checkpoint"]) / "params").exists():
+            raise ConfigError(f"{where} goes on with an average of a workdir; 'params' are none, and an export has none beside its weights")
+        _, params, info = export.load(section["checkpoint"], source, self.loaded[role][1]["step"], where=f"roles.{role}")
+        count = info["step"] + info.get("continued", {}).get(source, 0)
+        for name in mine:
+            decay, of = self.averages[name]
+            self.averages[name] = (lambda n, decay=decay: decay(n + count)), of
+        return dict.fromkeys(mine, (params, count))
+
     def fresh(self):
         """The state at step 0, created straight into its shards; roles with a checkpoint start from it, except what it lacks."""
         state = jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config["seed"]))
@@ -343,9 +366,9 @@ class Run:
             if name in self.loaded and name not in self._merge:
                 params = self.loaded[name][0]
                 put = lambda p, s: jax.device_put(jnp.asarray(p, s.dtype), s.sharding)  # noqa: E731
-                begun = lambda own: own | jax.tree.map(put, params, {k: own[k] for k in params})  # noqa: E731
+                begun = lambda own, params=params: own | jax.tree.map(put, params, {k: own[k] for k in params})  # noqa: E731
                 new = begun(state.params[name])
-                copies = {k: begun(state.ema[k]) for k, (_, of) in self.averages.items() if of == name}
+                copies = {k: begun(state.ema[k], self.continued.get(k, (params,))[0]) for k, (_, of) in self.averages.items() if of == name}
                 state = state.replace(params={**state.params, name: new}, ema={**state.ema, **jax.tree.map(jnp.copy, copies)})
         return state
 
@@ -468,6 +491,7 @@ class Run:
             "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
+            "continued": {k: count for k, (_, count) in self.continued.items()},
         } | ({"lora": self._adapter()} if "net" in self._merge else {})
 
     def _adapter(self):
