@@ -3,7 +3,8 @@
     {"name": "bytes", "length": 64}                                      UTF-8 bytes + 1: no file, any language
     {"name": "file", "path": "tokenizer.json", "length": 77}             a file of the `tokenizers` library (extra `text`)
 
-Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
+With `pairs`, what stands before and after a tab are two texts, one behind the other with a padding token between: for language models
+that learn to go on from the first to the second. Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
 never in silence.
 """
 
@@ -22,7 +23,8 @@ PADDING = "[PAD]"  # token 0 of a tokenizer that is learned here
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """encode(list of strings) -> lists of ids. vocab: ids are 0 .. vocab - 1, `pad` among them. file: what it was read from."""
+    """encode(list of strings) -> lists of ids; decode(ids) -> string, up to the first `pad`. vocab: ids are 0 .. vocab - 1, `pad`
+    among them. file: what it was read from."""
 
     encode: Callable[[list[str]], list[list[int]]]
     vocab: int
@@ -30,11 +32,13 @@ class Tokenizer:
     pad: int = 0
     truncate: bool = False
     file: pathlib.Path | None = None
+    pairs: bool = False
+    decode: Callable[[list[int]], str] | None = None
 
     def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
         """int32 (n, length). **Errors:** DataError that quotes a text which does not fit and, as `where`, says whose it is."""
         out = np.full((len(texts), self.length), self.pad, np.int32)
-        for row, text, ids in zip(out, texts, self.encode(list(texts)), strict=True):
+        for row, text, ids in zip(out, texts, self._ids(list(texts), where), strict=True):
             if len(ids) > self.length and not self.truncate:
                 raise DataError(
                     f"{where + ': ' if where else ''}{text!r} has {len(ids)} tokens, but text.length = {self.length}; "
@@ -43,18 +47,29 @@ class Tokenizer:
             row[: len(ids)] = ids[: self.length]
         return out
 
+    def _ids(self, texts: list[str], where: str):
+        if not self.pairs:
+            return self.encode(texts)
+        halves = [text.split("\t") for text in texts]
+        if odd := [text for text, half in zip(texts, halves) if len(half) != 2]:
+            raise DataError(f"{where + ': ' if where else ''}{odd[0]!r} should be two texts with a tab between (text.pairs)")
+        first, second = (self.encode([half[i] for half in halves]) for i in (0, 1))
+        return [[*a, self.pad, *b] for a, b in zip(first, second)]
+
     @property
     def digest(self) -> str:
         """sha256 of the file, or "" where there is none."""
         return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else ""
 
 
-def _bytes(length: int, truncate: bool = False) -> Tokenizer:
+def _bytes(length: int, truncate: bool = False, pairs: bool = False) -> Tokenizer:
     """UTF-8 bytes shifted by one; a caption cut inside a character loses its last bytes only."""
-    return Tokenizer(lambda texts: [[b + 1 for b in text.encode()] for text in texts], 257, _length(length), truncate=truncate)
+    encode = lambda texts: [[b + 1 for b in text.encode()] for text in texts]  # noqa: E731
+    decode = lambda ids: bytes(i - 1 for i in _before(ids, 0)).decode(errors="replace")  # noqa: E731
+    return Tokenizer(encode, 257, _length(length), truncate=truncate, pairs=pairs, decode=decode)
 
 
-def _file(path: str, length: int, pad: int = 0, truncate: bool = False) -> Tokenizer:
+def _file(path: str, length: int, pad: int = 0, truncate: bool = False, pairs: bool = False) -> Tokenizer:
     """A tokenizer.json, with the special tokens that its own post-processor adds; `pad` is the id to pad with."""
     try:
         import tokenizers
@@ -72,7 +87,13 @@ def _file(path: str, length: int, pad: int = 0, truncate: bool = False) -> Token
     vocab = inner.get_vocab_size()
     if not 0 <= pad < vocab:
         raise ConfigError(f"text.pad = {pad} is outside the vocabulary, 0..{vocab - 1}")
-    return Tokenizer(lambda texts: [e.ids for e in inner.encode_batch(texts)], vocab, _length(length), pad, truncate, file)
+    decode = lambda ids: inner.decode(_before(ids, pad)).strip()  # noqa: E731
+    return Tokenizer(lambda texts: [e.ids for e in inner.encode_batch(texts)], vocab, _length(length), pad, truncate, file, pairs, decode)
+
+
+def _before(ids: list[int], end: int) -> list[int]:
+    """The ids before the first `end`."""
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 def _length(length: int) -> int:

@@ -108,6 +108,8 @@ class Run:
             mesh_lib.check_batch(config["batch_size"], config["accumulate"], self.mesh, count)
         self.pipeline = data or self.stream("train", config["seed"])
         self.roles, self.loaded = build_roles(config, self.objective)
+        if (self.pipeline.dtype == "int32") != (kind := self.roles["net"].module.kind == "language_model"):
+            raise ConfigError("a language model learns from texts, and the data are none" if kind else "the data are texts, for a language model")
         if any(r.module.kind == "denoiser" for r in self.roles.values()):
             self._check_classes()
         self.encoded, self.embedded = self._encoded(), self._embedded()
@@ -158,8 +160,8 @@ class Run:
         for name, role in self.roles.items() if self.tokenizer else ():
             fields = getattr(role.module, "text_encoder", None) or getattr(role.module, "text", None) or {}
             vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
-            if fields and self.tokenizer.pad:
-                raise ConfigError(f"text.pad = {self.tokenizer.pad}, but a text encoder that is trained here takes token 0 for padding")
+            if (fields or role.module.kind == "language_model") and self.tokenizer.pad:
+                raise ConfigError(f"text.pad = {self.tokenizer.pad}, but what is trained here on text takes token 0 for padding")
             if vocab and vocab < self.tokenizer.vocab:
                 where = "model" if name == "net" else f"roles.{name}"
                 raise ConfigError(f"{where}: a text encoder of vocab = {vocab}, but the tokenizer has {self.tokenizer.vocab} tokens")
@@ -243,7 +245,7 @@ class Run:
         if twice := cond.keys() & self.objective.conditions.keys():
             objective = keywords(self.config["objective"])["name"]
             raise ConfigError(f"the data has {', '.join(twice)}, which objective {objective!r} makes itself")
-        return jnp.zeros((1, *shape), jnp.float32), cond | conditions.zeros(self.objective.conditions, 1)
+        return jnp.zeros((1, *shape), self.pipeline.dtype), cond | conditions.zeros(self.objective.conditions, 1)
 
     def image_shape(self):
         """Shape of one sample, whether the data are images or the latents of some."""
@@ -395,7 +397,7 @@ class Run:
         names = ("win", "lose") if "win" in columns else ("x", "z") if "z" in columns else ("x",)
         cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
         marks = {"prior": one((), bool)} if "prior" in self.pipeline.manifest else {}
-        return {**{k: one(shape or self.pipeline.shape, jnp.float32) for k in names}, **marks, "cond": cond}
+        return {**{k: one(shape or self.pipeline.shape, self.pipeline.dtype) for k in names}, **marks, "cond": cond}
 
     def jit(self, fn):
         """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""

@@ -355,7 +355,7 @@ def _drawer(this, workdir):
 
 def _times(this, state, batch, first):
     """The times that the first steps draw, about 4096 of them, or None for objectives without."""
-    blank = {k: np.zeros((len(v), *this.example[0].shape[1:]), np.float32) for k, v in batch.items() if k in ("x", "win", "lose")}
+    blank = {k: np.zeros((len(v), *this.example[0].shape[1:]), this.example[0].dtype) for k, v in batch.items() if k in ("x", "win", "lose")}
     if "encoder" in this.frozen:
         blank["image"] = batch["x"]
 

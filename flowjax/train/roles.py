@@ -101,6 +101,8 @@ class Role:
             variables = self.module.init(key, x, key)
         elif self.module.kind in ("discriminator", "perceptual", "image_encoder"):
             variables = self.module.init(key, x)
+        elif self.module.kind == "language_model":
+            variables = self.module.init(key, x.astype(jnp.int32))
         elif self.module.kind == "text_encoder":
             variables = self.module.init(key, cond["tokens"])
         elif self.module.kind == "two_tower":
