@@ -21,7 +21,8 @@ from flowjax.train import runtime
 
 OUT = flags.DEFINE_string("out", "runs/samples", "Directory for grid.png and samples.npz.")
 ENHANCE = flags.DEFINE_string(
-    "enhance", "", "Rewrite the prompts first: template, the export of a text model (configs/emoji_enhance.py), module:function of your own, or a section."
+    "enhance", "",
+    "Rewrite the prompts first: template, the export of a text model (configs/emoji_enhance.py), module:function of your own, or a section.",
 )
 
 

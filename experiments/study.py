@@ -16,6 +16,8 @@ STUDIES = {
     "distillation": "every road from many steps to one, at equal compute",
     "mnist": "latent diffusion of MNIST",
     "emoji": "emoji from captions",
+    "enhance": "short prompts for emoji, rewritten by template and by a language model",
+    "lifecycle": "one network from pre-training to a two-step student, stage by stage",
     "plans": "what pods would do, compiled without one",
 }
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from flowjax.config import ConfigError, arguments, check, lookup, split
 
+LINKS = {"a", "an", "and", "at", "for", "from", "in", "of", "on", "or", "over", "the", "to", "under", "with", "without"}  # begin no prompt
 CLAUSE = " with "  # what comes before it is the subject of a caption, what comes after it a detail
 
 
@@ -51,6 +52,13 @@ def holds(words: Sequence[str], others: Sequence[str]) -> bool:
     """Whether `others` are among `words`, in their order."""
     rest = iter(words)
     return all(word in rest for word in others)
+
+
+def shortened(caption: str) -> list[str]:
+    """Prompts that the caption completes, longest first, itself among them: without its detail, and without its first words."""
+    subject = caption.partition(CLAUSE)[0].split()
+    ends = [" ".join(subject[i:]) for i in range(len(subject)) if subject[i].lower() not in LINKS]
+    return list(dict.fromkeys([caption, *ends]))
 
 
 def chance(seed: int, prompt: str) -> float:

@@ -18,7 +18,6 @@ from flowjax.models import build
 from flowjax.models.language import LanguageModel
 from flowjax.objectives import language_model
 from flowjax.train import export, loop, step as step_lib
-from tools.make_caption_pairs import shortened
 from train_runs import tiny, train
 
 FIELDS = {"vocab": 12, "length": 8, "width": 16, "depth": 2, "heads": 2, "attention": "xla"}
@@ -149,7 +148,7 @@ def test_a_model_learns_to_complete(pairs, tmp_path):
     assert rewrite(asked) == ["red cat", "dog with hat", "red cat", asked[3]]
     assert enhance.build(section, None, lambda prompt: len(prompt) <= 7)(["dog", "cat"]) == ["dog", "red cat"]  # the first would not fit
     assert rewrite(["zebra"]) == ["zebra"]
-    for changes, message in (({"temperature": -1.0}, "temperature = -1.0"), ({"checkpoint": "nowhere"}, "nowhere is neither an export nor a workdir")):
+    for changes, message in (({"temperature": -1.0}, "temperature = -1.0"), ({"checkpoint": "nowhere"}, "nowhere is neither an export")):
         with pytest.raises(ConfigError, match=message):
             enhance.build(section | changes, None, None)
 
@@ -226,15 +225,18 @@ def test_a_function_of_ones_own():
     assert own("louder")(["a", "b"]) == ["A", "B"]
     with pytest.raises(ConfigError, match=r"function should give a list of 2 prompts for as many, not \['b'\]"):
         own("broken")(["a", "b"])
-    for path, message in (("nowhere:fn", "No module named 'nowhere'"), (f"{__name__}:nothing", "nothing"), (f"{__name__}:ASKED", "is not a function")):
+    missing = (("nowhere:fn", "No module named 'nowhere'"), (f"{__name__}:nothing", "nothing"), (f"{__name__}:ASKED", "is not a function"))
+    for path, message in missing:
         with pytest.raises(ConfigError, match=message):
             enhance.build({"name": "function", "path": path}, None, None)
-    for section, message in (({"name": "tempalte"}, "'tempalte' is unknown; valid: function, model, template"), ({"name": "template", "sed": 1}, "sed is unknown")):
+    unknown = {"name": "tempalte"}, "'tempalte' is unknown; valid: function, model, template"
+    for section, message in (unknown, ({"name": "template", "sed": 1}, "sed is unknown")):
         with pytest.raises(ConfigError, match=message):
             enhance.build(section, None, None)
 
 
 def test_captions_shortened():
-    assert shortened("woman police officer with dark tone") == ["woman police officer with dark tone", "woman police officer", "police officer", "officer"]
-    assert shortened("slice of pizza") == ["slice of pizza", "pizza"]
-    assert all(enhance.holds(long.split(), short.split()) for long, short in itertools.product(["a b with c"], shortened("a b with c")))
+    whole = "woman police officer with dark tone"
+    assert enhance.shortened(whole) == [whole, "woman police officer", "police officer", "officer"]
+    assert enhance.shortened("slice of pizza") == ["slice of pizza", "pizza"]
+    assert all(enhance.holds(long.split(), short.split()) for long, short in itertools.product(["a b with c"], enhance.shortened("a b with c")))

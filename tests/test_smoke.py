@@ -52,7 +52,7 @@ def test_every_config_is_tested_here():
     mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_grpo", "digits_refl", "digits_nft"}
     mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
     mine |= {"digits_lora", "digits_dreambooth", "digits_continue", "digits_sft"}
-    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth"}  # the last three in test_smoke_text
+    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth", "emoji_enhance", "emoji_inversion"}  # the last five in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from flowjax.config import ConfigError
 from flowjax.data import records
+from flowjax.evals import curate
 from flowjax.train import ema, export, loop
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
-from tools import curate
 from train_runs import same, tiny, train
 
 POWER = {"ema": {"name": "power", "std": 0.1}}
@@ -35,7 +34,8 @@ def base(tmp_path_factory):
 def test_weights_and_average_are_those_that_are_named(base):
     params, average = (export.load(base, name)[1] for name in ("params", "ema"))
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(average)))
-    for this, begun, kept in ((config(base), params, params), (config(base, "ema"), params, average), (config(base, weights="ema"), average, average)):
+    cases = (config(base), params, params), (config(base, "ema"), params, average), (config(base, weights="ema"), average, average)
+    for this, begun, kept in cases:
         state = Run(this).fresh()
         same(state.params["net"], begun)
         same(state.ema["ema"], kept)
@@ -106,57 +106,49 @@ def test_what_cannot_go_on_is_refused(base, changes, message, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """run(--flags) of tools.curate on 12 grey pictures of three classes, brightness 0, 20, ..., 220."""
+def run(tmp_path):
+    """run(settings) -> (train, test, manifest) of 12 grey pictures of three classes, brightness 0, 20, ..., 220, and one of 240."""
     rows = (("train" if i < 12 else "test", "", {"image": np.full((2, 2, 1), 20 * i, np.uint8), "label": i % 3}) for i in range(12 + 1))
     records.write(tmp_path / "grey", rows, name="grey", num_classes=3)
-    values = flags.FLAGS
-    values.mark_as_parsed()
-    mine = [f for f in vars(curate).values() if isinstance(f, flags.FlagHolder)]
 
-    def call(*arguments):
-        for flag in mine:
-            values[flag.name].unparse()
-        for argument in (f"--data={ {'name': 'array_record', 'path': str(tmp_path / 'grey')} }", f"--out={tmp_path / 'out'}", *arguments):
-            name, _, value = argument.removeprefix("--").partition("=")
-            values[name].parse(value or "true")
-        curate.main()
-        manifest = records.read_manifest(tmp_path / "out")
-        part = lambda split: (lambda r: (r["image"][:, 0, 0, 0] // 20).tolist())(records.Records(tmp_path / "out", split).read(range(manifest["splits"][split]["count"])))  # noqa: E731, E501
-        return part("train"), part("test"), manifest
+    def part(split):
+        reader = records.Records(tmp_path / "out", split)
+        return (reader.read(range(len(reader)))["image"][:, 0, 0, 0] // 20).tolist()
 
-    yield call
-    for flag in mine:
-        values[flag.name].unparse()
+    def call(**settings):
+        made, *_ = curate.curate({"name": "array_record", "path": str(tmp_path / "grey")}, tmp_path / "out", overwrite=True, **settings)
+        return part("train"), part("test"), made
+
+    return call
 
 
 def test_curated_by_reward_or_by_hand(run, tmp_path):
-    kept, rest, manifest = run("--reward=ink", "--best=0.25")
+    kept, rest, manifest = run(reward="ink", best=0.25)
     assert kept == [9, 10, 11] and rest == [12]
     told = manifest["source"]["curated"]
     assert told["best"] == 0.25 and told["reward"] == "ink" and told["of"] == 12 and told["least kept"] == pytest.approx(180 / 255)
     assert manifest["num_classes"] == 3
-    assert run("--reward=ink", "--best=0.25", "--each_class", "--overwrite")[0] == [9, 10, 11]  # each a class of its own
-    assert run("--reward={'ink': -1.0}", "--best=0.5", "--each_class", "--overwrite")[0] == [0, 1, 2, 3, 4, 5]
-    assert run("--reward=ink", f"--least={99 / 255}", "--overwrite")[0] == [5, 6, 7, 8, 9, 10, 11]
+    assert run(reward="ink", best=0.25, each_class=True)[0] == [9, 10, 11]  # each a class of its own
+    assert run(reward={"ink": -1.0}, best=0.5, each_class=True)[0] == [0, 1, 2, 3, 4, 5]
+    assert run(reward="ink", least=99 / 255)[0] == [5, 6, 7, 8, 9, 10, 11]
     (tmp_path / "rows.txt").write_text("7\n3\n")
-    kept, _, manifest = run(f"--rows={tmp_path / 'rows.txt'}", "--overwrite")
+    kept, _, manifest = run(rows=str(tmp_path / "rows.txt"))
     assert kept == [3, 7] and manifest["source"]["curated"]["rows"].endswith("rows.txt")
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "settings, message",
     [
-        ((), "one of the three says what to keep"),
-        (("--reward=ink",), "one of the three says what to keep"),
-        (("--reward=ink", "--best=0.5", "--least=0.1"), "one of the three says what to keep"),
-        (("--reward=ink", "--best=0"), "--best=0.0 should be a share"),
-        (("--reward=ink", "--least=2"), "--least=2.0 keeps nothing: the rewards are 0 to 0.8627"),
-        (("--reward=inc", "--best=1"), "'inc' is unknown"),
-        (("--rows=nowhere.txt",), "--rows=nowhere.txt should be a file of numbers"),
-        (("--reward=ink", "--least=0.5", "--each_class"), "--each_class goes with --best"),
+        ({}, "one of the three says what to keep"),
+        ({"reward": "ink"}, "one of the three says what to keep"),
+        ({"reward": "ink", "best": 0.5, "least": 0.1}, "one of the three says what to keep"),
+        ({"reward": "ink", "best": 0.0}, "--best=0.0 should be a share"),
+        ({"reward": "ink", "least": 2.0}, "--least=2.0 keeps nothing: the rewards are 0 to 0.8627"),
+        ({"reward": "inc", "best": 1.0}, "'inc' is unknown"),
+        ({"rows": "nowhere.txt"}, "--rows=nowhere.txt should be a file of numbers"),
+        ({"reward": "ink", "least": 0.5, "each_class": True}, "--each_class goes with --best"),
     ],
 )
-def test_bad_choices_are_refused(run, arguments, message):
+def test_bad_choices_are_refused(run, settings, message):
     with pytest.raises(ConfigError, match=message):
-        run(*arguments)
+        run(**settings)

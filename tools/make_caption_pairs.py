@@ -13,20 +13,11 @@ from experiments import shell
 PATH = flags.DEFINE_string("path", None, "A data set made by tools.prepare_data, with captions.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory of the pairs to write.", required=True)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --out holds.")
-LINKS = {"a", "an", "and", "at", "for", "from", "in", "of", "on", "or", "over", "the", "to", "under", "with", "without"}  # begin no prompt
-
-
-def shortened(caption: str) -> list[str]:
-    """Prompts that the caption completes, longest first, itself among them."""
-    from flowjax.enhance import CLAUSE
-
-    subject = caption.partition(CLAUSE)[0].split()
-    ends = [" ".join(subject[i:]) for i in range(len(subject)) if subject[i].lower() not in LINKS]
-    return list(dict.fromkeys([caption, *ends]))
 
 
 def main():
     from flowjax.data import records, text
+    from flowjax.enhance import shortened
 
     manifest = records.read_manifest(PATH.value)
     count = 0

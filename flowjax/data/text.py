@@ -3,6 +3,7 @@
     {"name": "bytes", "length": 64}                                      UTF-8 bytes + 1: no file, any language
     {"name": "file", "path": "tokenizer.json", "length": 77}             a file of the `tokenizers` library (extra `text`)
 
+`added` = {word: number} gives new words so many tokens each, behind the vocabulary (flowjax.train.inversion).
 With `pairs`, what stands before and after a tab are two texts, one behind the other with a padding token between: for language models
 that learn to go on from the first to the second. Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
 never in silence.
@@ -10,8 +11,10 @@ never in silence.
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +27,7 @@ PADDING = "[PAD]"  # token 0 of a tokenizer that is learned here
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """encode(list of strings) -> lists of ids; decode(ids) -> string, up to the first `pad`. vocab: ids are 0 .. vocab - 1, `pad`
-    among them. file: what it was read from."""
+    among them. file: what it was read from. added: words that got tokens of their own, behind all others, and how many each."""
 
     encode: Callable[[list[str]], list[list[int]]]
     vocab: int
@@ -34,6 +37,7 @@ class Tokenizer:
     file: pathlib.Path | None = None
     pairs: bool = False
     decode: Callable[[list[int]], str] | None = None
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
         """int32 (n, length). **Errors:** DataError that quotes a text which does not fit and, as `where`, says whose it is."""
@@ -62,14 +66,40 @@ class Tokenizer:
         return hashlib.sha256(self.file.read_bytes()).hexdigest() if self.file else ""
 
 
-def _bytes(length: int, truncate: bool = False, pairs: bool = False) -> Tokenizer:
+def _added(added: Mapping[str, int], vocab: int) -> dict[str, list[int]]:
+    """{word: its ids}, behind the vocabulary."""
+    if not isinstance(added, Mapping) or not all(isinstance(k, str) and k.strip() == k != "" and isinstance(n, int) and n > 0 for k, n in added.items()):
+        raise ConfigError(f"text.added = {added!r} should say how many tokens each new word gets: {{word: number}}")
+    ends = list(itertools.accumulate(added.values(), initial=vocab))
+    return {word: list(range(a, b)) for word, a, b in zip(added, ends, ends[1:])}
+
+
+def _with_words(encode: Callable, words: Mapping[str, list[int]], pieces: Callable[[str], str]) -> Callable:
+    """encode, between the words that have ids of their own; pieces: what is encoded of the text between them."""
+    if not words:
+        return encode
+    between = re.compile("(" + "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) + ")")
+
+    def one(text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in between.split(text):
+            ids += words[piece] if piece in words else encode([rest])[0] if (rest := pieces(piece)) else []
+        return ids
+
+    return lambda texts: [one(text) for text in texts]
+
+
+def _bytes(length: int, truncate: bool = False, pairs: bool = False, added: Mapping = {}) -> Tokenizer:  # noqa: B006
     """UTF-8 bytes shifted by one; a caption cut inside a character loses its last bytes only."""
     encode = lambda texts: [[b + 1 for b in text.encode()] for text in texts]  # noqa: E731
-    decode = lambda ids: bytes(i - 1 for i in _before(ids, 0)).decode(errors="replace")  # noqa: E731
-    return Tokenizer(encode, 257, _length(length), truncate=truncate, pairs=pairs, decode=decode)
+    decode = lambda ids: bytes(i - 1 for i in _before(ids, 0) if i < 257).decode(errors="replace")  # noqa: E731
+    words = _added(added, 257)
+    encode = _with_words(encode, words, lambda piece: piece)
+    vocab = 257 + sum(added.values())
+    return Tokenizer(encode, vocab, _length(length), truncate=truncate, pairs=pairs, decode=decode, added=added)
 
 
-def _file(path: str, length: int, pad: int = 0, truncate: bool = False, pairs: bool = False) -> Tokenizer:
+def _file(path: str, length: int, pad: int = 0, truncate: bool = False, pairs: bool = False, added: Mapping = {}) -> Tokenizer:  # noqa: B006
     """A tokenizer.json, with the special tokens that its own post-processor adds; `pad` is the id to pad with."""
     try:
         import tokenizers
@@ -88,7 +118,13 @@ def _file(path: str, length: int, pad: int = 0, truncate: bool = False, pairs: b
     if not 0 <= pad < vocab:
         raise ConfigError(f"text.pad = {pad} is outside the vocabulary, 0..{vocab - 1}")
     decode = lambda ids: inner.decode(_before(ids, pad)).strip()  # noqa: E731
-    return Tokenizer(lambda texts: [e.ids for e in inner.encode_batch(texts)], vocab, _length(length), pad, truncate, file, pairs, decode)
+    encode = lambda texts: [e.ids for e in inner.encode_batch(texts)]  # noqa: E731
+    words = _added(added, vocab)
+    if words and encode([""]) != [[]]:
+        raise ConfigError(f"text.added: {file} puts tokens of its own around every text, between which a new word has no place")
+    encode = _with_words(encode, words, str.strip)
+    vocab += sum(added.values())
+    return Tokenizer(encode, vocab, _length(length), pad, truncate, file, pairs, decode, added)
 
 
 def _before(ids: list[int], end: int) -> list[int]:

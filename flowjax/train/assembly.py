@@ -14,7 +14,7 @@ from flowjax.data.pipeline import pipeline
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
-from flowjax.train import checkpoint, ema, export, files, generator, lora, optim, settings
+from flowjax.train import checkpoint, ema, export, files, generator, inversion, lora, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, domain, same_domain, same_shapes
@@ -114,6 +114,10 @@ class Run:
             self._check_classes()
         self.encoded, self.embedded = self._encoded(), self._embedded()
         self.tokenizer, self.text = self._prompts()
+        for name, role in self.roles.items():
+            if isinstance(role.lora, inversion.Inversion):
+                made, module = role.lora.placed(role.module, self.tokenizer, f"roles.{name}.lora")
+                self.roles[name] = dataclasses.replace(role, module=module, lora=made)
         self.averages = {k: ema.build(v, f"ema.{k}") for k, v in config["ema"].items()}
         kept = {k: ema.snapshots(v, f"ema.{k}") for k, v in config["ema"].items()}
         self.snapshots = {k: v for k, v in kept.items() if v}
@@ -316,7 +320,7 @@ class Run:
         for name in self.trained:
             if self.roles[name].lora is not None:  # what is adapted lies where it would lie if it were trained
                 base, at = self.loaded[name][0], sharding.param_specs(whole[name], self.mesh, self.rules)
-                same_shapes(base, meta.unbox(whole[name]), f"roles.{name}.checkpoint")
+                same_shapes(base, self.roles[name].lora.of_base(meta.unbox(whole[name])), f"roles.{name}.checkpoint")
                 self.frozen[name] = jax.tree.map(put, base, at)
                 merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
                 self._merge[name] = jax.jit(merge, out_shardings=at)
@@ -372,6 +376,10 @@ class Run:
                 new = begun(state.params[name])
                 copies = {k: begun(state.ema[k], self.continued.get(k, (params,))[0]) for k, (_, of) in self.averages.items() if of == name}
                 state = state.replace(params={**state.params, name: new}, ema={**state.ema, **jax.tree.map(jnp.copy, copies)})
+            elif name in self._merge and (begun := self.roles[name].lora.begun(self.loaded[name][0], self.tokenizer)) is not None:
+                new = jax.tree.map(lambda p, s: jax.device_put(p.astype(s.dtype), s.sharding), begun, state.params[name])
+                copies = {k: jax.tree.map(jnp.copy, new) for k, (_, of) in self.averages.items() if of == name}
+                state = state.replace(params={**state.params, name: new}, ema={**state.ema, **copies})
         return state
 
     def step(self):
@@ -484,8 +492,10 @@ class Run:
 
     def info(self, step, weights):
         """What an export or a workdir says about its network."""
+        grown = self.roles["net"].module.text_encoder if isinstance(self.roles["net"].lora, inversion.Inversion) else None
         return {
             **{k: self.config[k] for k in NETWORK},
+            **({"model": self.config["model"] | {"text_encoder": dict(grown)}} if grown else {}),
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
             "text": self.text,
@@ -498,9 +508,10 @@ class Run:
 
     def _adapter(self):
         """What is needed to load the adapter of "net": its settings, and its base with a hash of that."""
-        section = self.config["roles"]["net"]
+        section, made = self.config["roles"]["net"], self.roles["net"].lora
         base = {k: section[k] for k in ("checkpoint", "weights")}
-        return {**section["lora"], "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
+        places = {"first": made.first, "rows": made.rows} if isinstance(made, inversion.Inversion) else {}
+        return {**section["lora"], **places, "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
 
     def fingerprints(self):
         """{frozen role: hash of its parameters}: a resumed run must meet the same teachers."""

@@ -155,7 +155,7 @@ def _check_layers(rule, hit, numbers, where: str):
     if rule["layer_decay"] is None and not rule["layers"]:
         return
     if outside := [n for n in hit if n not in numbers]:
-        raise ConfigError(f"{where}.match = {rule['match']!r} finds {outside[0]}, which belongs to no layer; layer_decay and layers are for those that do")
+        raise ConfigError(f"{where}.match = {rule['match']!r} finds {outside[0]}, which belongs to no layer, as layer_decay and layers need")
     depth = max(numbers[n][1] for n in hit)
     if wrong := [k for k in rule["layers"] if k not in range(depth)]:
         raise ConfigError(f"{where}.layers = {tuple(rule['layers'])}: {wrong[0]!r} is no layer; valid: 0 to {depth - 1}")
