@@ -104,8 +104,8 @@ def main():
     lines = [[way, *(common.spread(v) for v in zip(*found))] for way, found in rows.items()]
     page = [
         "# Short prompts, rewritten", "", f"`python -m experiments.study enhance`: mean ± standard deviation over {common.SEEDS.value} seed(s),",
-        f"{len(shorts)} prompts of one word, from held-out captions, {EACH} images each with the same noise, guidance {GUIDANCE:g}. Cosines and top-1",
-        "(the right one of as many captions) by two towers of another seed; diversity: mean distance of their unit features within a prompt.",
+        f"{len(shorts)} prompts of one word, from held-out captions, {EACH} images each with the same noise, guidance {GUIDANCE:g}. Cosines and",
+        "top-1 (the right one of as many captions) by two towers of another seed; diversity: mean distance of their unit features within a prompt.",
         "Prompts whose two cosines are equal count neither way.", "", common.table("enhance", head, lines), "",
         "Prompt -> template -> language model:", "", *example,
     ]  # fmt: skip

@@ -3,10 +3,10 @@
     {"name": "bytes", "length": 64}                                      UTF-8 bytes + 1: no file, any language
     {"name": "file", "path": "tokenizer.json", "length": 77}             a file of the `tokenizers` library (extra `text`)
 
-`added` = {word: number} gives new words so many tokens each, behind the vocabulary (flowjax.train.inversion).
-With `pairs`, what stands before and after a tab are two texts, one behind the other with a padding token between: for language models
-that learn to go on from the first to the second. Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
-never in silence.
+Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
+never in silence. `added` = {word: number} gives new words so many tokens each, behind the vocabulary (flowjax.train.inversion). With
+`pairs`, what stands before and after a tab are two texts, the second behind the first with a padding token between: for language models
+that go on from one to the other.
 """
 
 import dataclasses
@@ -68,7 +68,8 @@ class Tokenizer:
 
 def _added(added: Mapping[str, int], vocab: int) -> dict[str, list[int]]:
     """{word: its ids}, behind the vocabulary."""
-    if not isinstance(added, Mapping) or not all(isinstance(k, str) and k.strip() == k != "" and isinstance(n, int) and n > 0 for k, n in added.items()):
+    fit = lambda word, n: isinstance(word, str) and word.strip() == word != "" and isinstance(n, int) and n > 0  # noqa: E731
+    if not isinstance(added, Mapping) or not all(fit(*item) for item in added.items()):
         raise ConfigError(f"text.added = {added!r} should say how many tokens each new word gets: {{word: number}}")
     ends = list(itertools.accumulate(added.values(), initial=vocab))
     return {word: list(range(a, b)) for word, a, b in zip(added, ends, ends[1:])}
