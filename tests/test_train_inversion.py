@@ -75,7 +75,8 @@ def test_at_first_the_word_is_the_one_it_begins_as_and_all_else_the_base(place):
     new = tokens("a <x>", added={"<x>": 1})
     assert new[0].tolist() == [98, 33, FIRST] + [0] * 9
     for ids, as_base in ((new, tokens("a c")), (tokens("a d"), tokens("a d"))):
-        np.testing.assert_array_equal(output(this.roles["net"], whole, ids), output(role, params, as_base))
+        # The tables are of different length, so these are two programs.
+        np.testing.assert_allclose(output(this.roles["net"], whole, ids), output(role, params, as_base), rtol=1e-5, atol=1e-6)
     # A step moves the row alone; there is no state, gradient or average of anything else.
     before = jax.device_get(state.params["net"])
     assert jax.tree.map(np.shape, before) == {"encoder": {"token_embed": {"embedding": {"rows": (1, 16)}}}}

@@ -316,14 +316,14 @@ class Run:
         put = lambda v, at=replicated: jax.device_put(v, at) if here else jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=at)  # noqa: E731
         absent = {*self.trained} | ({"vae"} if self.encoded else set()) | ({"text"} if self.embedded else set())
         self.frozen = {k: jax.tree.map(put, params) for k, (params, _) in self.loaded.items() if k not in absent}
-        self._merge = {}
+        self._merge, self._at = {}, {}
         for name in self.trained:
             if self.roles[name].lora is not None:  # what is adapted lies where it would lie if it were trained
                 base, at = self.loaded[name][0], sharding.param_specs(whole[name], self.mesh, self.rules)
                 same_shapes(base, self.roles[name].lora.of_base(meta.unbox(whole[name])), f"roles.{name}.checkpoint")
                 self.frozen[name] = jax.tree.map(put, base, at)
                 merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
-                self._merge[name] = jax.jit(merge, out_shardings=at)
+                self._merge[name], self._at[name] = jax.jit(merge, out_shardings=at), at
 
     def whole(self, name: str, params):
         """The parameters of a trained role's network, of which `params` are trained or averaged (flowjax.train.roles.Role)."""
@@ -332,7 +332,10 @@ class Run:
     @property
     def network(self):
         """Shapes and places of all parameters of the role "net"."""
-        return self.frozen["net"] if "net" in self._merge else self.target.params["net"]
+        if "net" not in self._merge:
+            return self.target.params["net"]
+        whole, at = jax.eval_shape(self._merge["net"], self.target.params["net"], self.frozen["net"]), self._at["net"]
+        return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), whole, at)
 
     def _added(self, name: str) -> tuple[str, ...]:
         """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
