@@ -44,6 +44,7 @@ def load():
     role, params, info = export.load(CHECKPOINT.value, WEIGHTS.value)
     if LORA.value:
         params, info = export.adapted(role, params, info, [adapter(text, role, params) for text in LORA.value])
+        role = export.role_of(info, "--checkpoint")  # a new word takes a larger table
     return role, params, info
 
 

@@ -19,6 +19,8 @@ STUDIES = {
     "mnist": "latent diffusion of MNIST; latents or pixels at equal compute",
     "autoencoders": "what the prior does to latents, and a discriminator to images",
     "emoji": "emoji from captions",
+    "enhance": "short prompts for emoji, rewritten by template and by a language model",
+    "lifecycle": "one network from pre-training to a two-step student, stage by stage",
     "plans": "what pods would do, compiled without one",
 }
 

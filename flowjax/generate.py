@@ -98,8 +98,10 @@ def run(sample, params, cond: dict, count: int, *, seed: int = 0, batch: int = 2
 
 
 def classes_of(config, num_classes: int) -> np.ndarray:
-    """The classes that a run of this config has seen: those of data.classes, or all."""
-    return np.asarray(keywords(config["data"]).get("classes") or range(num_classes), np.int32)
+    """The classes that a run of this config has seen: those of data.classes, or of any part of a mixture, or all."""
+    data = keywords(config["data"])
+    parts = [keywords(part).get("classes") for part in data.get("parts", [data])]
+    return np.asarray(sorted({c for part in parts for c in part}) if all(parts) else range(num_classes), np.int32)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:

@@ -311,7 +311,7 @@ def test_a_teacher_of_something_else_is_refused_by_every_objective(objective, ch
 def test_data_with_a_scale_of_their_own_are_refused():
     has = {"guidance": ()}
     run = types.SimpleNamespace(
-        pipeline=types.SimpleNamespace(shape=(2,), conditions=has), roles={}, encoded=False, objective=gd.OBJECTIVE,
+        pipeline=types.SimpleNamespace(shape=(2,), conditions=has, dtype="float32"), roles={}, encoded=False, objective=gd.OBJECTIVE,
         config={"objective": "guidance_distillation"},
     )  # fmt: skip
     with pytest.raises(ConfigError, match="the data has guidance, which objective 'guidance_distillation' makes itself"):

@@ -638,7 +638,26 @@ def mae():
     return lambda theta: player.loss({"net": Same(theta)}, {"x": x, "order": order}, None)[0], optimum, optimum + 0.2
 
 
+def language_model():
+    """A table of logits by the token before: at the log of the frequencies in the batch, of the second texts alone."""
+    rows = jnp.asarray([[1, 0, 1, 2, 1, 0], [2, 0, 1, 1, 2, 0], [1, 0, 2, 2, 0, 0], [2, 0, 1, 1, 0, 0], [1, 0, 2, 1, 1, 0]])
+    counts = np.zeros((3, 3))
+    for first, second in (("01", "12 21 10"), ("01", "11 12 20"), ("02", "22 20"), ("01", "11 10"), ("02", "21 11 10")):
+        for before, after in [first, *second.split()]:
+            counts[int(before), int(after)] += 1
+    player = objectives.build({"name": "language_model", "prefix": 1}).players[0]
+    batch = {"x": rows, "measured": player.measure({}, {"x": rows}, None)}
+
+    def loss(theta):
+        table = jnp.stack([jnp.concatenate([jnp.asarray([-1e9, 0.0]), theta[:1]]), *jnp.pad(theta[1:].reshape(2, 2), ((0, 0), (1, 0)))])
+        return player.loss({"net": lambda tokens: table[tokens]}, batch, None)[0]
+
+    optimum = jnp.log(jnp.asarray([counts[0, 2] / counts[0, 1], *(counts[1:, 1:] / counts[1:, :1]).ravel()]))
+    return loss, optimum, optimum + jnp.asarray([0.3, 0.2, -0.3, 0.4, -0.2])
+
+
 CASES = {
+    "language_model": language_model,
     "contrastive": contrastive,
     "classification": classification,
     "flow_matching": flow_matching,

@@ -52,8 +52,8 @@ def test_every_config_is_tested_here():
     mine |= {"imagenet_dit_xl2", "imagenet_sit_xl2", "imagenet_dit_xl2_512", "imagenet_jit_b16", "mnist_jit", "digits_mae", "digits_repa"}
     mine |= {"digits_pd", "digits_reflow", "digits_dmd", "digits_meanflow", "digits_shortcut", "digits_grpo", "digits_refl", "digits_nft"}
     mine |= {"digits_scm", "digits_lcm", "digits_moment", "digits_imm", "digits_dmd2", "digits_add"}
-    mine |= {"digits_lora", "digits_dreambooth", "digits_reward", "digits_online_dpo"}
-    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth", "emoji_reward"}  # the last four in test_smoke_text
+    mine |= {"digits_lora", "digits_dreambooth", "digits_continue", "digits_sft", "digits_reward", "digits_online_dpo"}
+    mine |= {"emoji_latent", *T2I, "emoji_pixel", "emoji_clip", "emoji_dreambooth", "emoji_reward", "emoji_enhance", "emoji_inversion"}  # the last six in test_smoke_text
     assert {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__"} == mine
 
 
@@ -395,6 +395,23 @@ def test_digits_dreambooth(shell, digits):
         f"--config.roles.net.checkpoint={digits}",
     )  # fmt: skip
     check_workdir(shell.home / "dreambooth")
+
+
+def test_digits_continued_and_fine_tuned(shell, digits):
+    """The second stage goes on with the average; the third takes a curated part of the data, and nothing of what is frozen moves."""
+    kept = ("--config.roles.net.weights=params", "--config.roles.net.average=ema", f"--config.roles.net.checkpoint={digits}")
+    shell("experiments.train", f"--config={ROOT}/configs/digits_continue.py:smoke", "--workdir=continued", *kept)
+    check_workdir(shell.home / "continued")
+    card = (shell.home / "continued/card.txt").read_text()
+    assert "goes on with its ema of 4 updates" in card and "part 1: 30 %" in card and "rate x 0.8" in card
+    said = shell("tools.curate", "--data=digits", "--reward=symmetry", "--best=0.02", "--each_class", "--out=curated")
+    assert "of 1500 examples kept" in said and "test 297" in said
+    sft = ("experiments.train", f"--config={ROOT}/configs/digits_sft.py:smoke:curated", "--workdir=sft", "--config.sample.every=0")
+    shell(*sft, "--config.roles.net.checkpoint=continued")
+    check_workdir(shell.home / "sft", drawn=False)
+    card = json.loads((shell.home / "sft/card.json").read_text())
+    assert card["shares of the data"]["part 1"] == "20 %: name digits" and "restarted" in card["start"]["ema.ema"]
+    assert "t_embed" in card["rules of the optimizer"]["net"]["frozen"]
 
 
 def test_mnist_latents(shell, mnist_like, vae):

@@ -50,6 +50,18 @@ def test_dreambooth(shell, emoji, pixel):
     shell("tools.prepare_data", "--door=folder", "--path=mine", "--out=subject", "--channels=3")
     made = shell("tools.make_images", "--checkpoint=pixel", "--prompt=a heart", "--count=6", "--steps=1", "--sampler=euler", "--out=hearts")
     assert "6 images of shape (64, 64, 3) in hearts" in made
+    with open(shell.home / "mine" / "captions.jsonl", "w") as listing:  # the same pictures under a word that is new
+        listing.writelines(json.dumps({"file": f"{i}.png", "caption": "a <mine>"}) + "\n" for i in range(3))
+    shell("tools.prepare_data", "--door=folder", "--path=mine", "--out=word", "--channels=3")
+    config = f"--config={ROOT}/configs/emoji_inversion.py:smoke:{emoji},word"
+    shell("experiments.train", config, "--workdir=word_run", f"--config.roles.net.checkpoint={pixel}")
+    check_workdir(shell.home / "word_run")
+    ask = ("experiments.sample", "--count=2", "--steps=1", "--sampler=euler")
+    shell(*ask, f"--checkpoint={pixel}", "--lora=word_run", "--prompt=a <mine>", "--prompt=a heart", "--out=word_run/lora")
+    shell(*ask, "--checkpoint=word_run", "--prompt=a <mine>", "--prompt=a heart", "--out=word_run/whole")
+    lora, whole = (np.load(shell.home / "word_run" / k / "samples.npz") for k in ("lora", "whole"))
+    np.testing.assert_array_equal(lora["tokens"], whole["tokens"])
+    np.testing.assert_allclose(lora["x"], whole["x"], atol=1e-5)
     config = f"--config={ROOT}/configs/emoji_dreambooth.py:smoke:{emoji},subject,hearts"
     shell("experiments.train", config, "--workdir=mine_lora", f"--config.roles.net.checkpoint={pixel}")
     check_workdir(shell.home / "mine_lora")
@@ -99,6 +111,28 @@ def test_pixels_from_prompts(shell, emoji, pixel):
         assert flag.split("=")[0] + " means nothing here" in said and "Traceback" not in said, said
     (shell.home / "away.json").rename(shell.home / "emoji" / "tokenizer.json")
     assert not (shell.home / "bad").exists()
+
+
+def test_prompts_enhanced(shell, emoji, pixel):
+    """A language model on pairs made of the captions; the sampler says and stores what prompts became."""
+    said = shell("tools.make_caption_pairs", f"--path={emoji}", "--out=pairs")
+    assert " of 72 captions in pairs" in said
+    shell("experiments.train", f"--config={ROOT}/configs/emoji_enhance.py:smoke:{emoji},pairs", "--workdir=enhance")
+    check_workdir(shell.home / "enhance", drawn=False)
+    ask = ("experiments.sample", f"--checkpoint={pixel}", "--steps=1", "--sampler=euler", "--count=2", "--prompt=heart", "--prompt=a heart number 1")
+    shell(*ask, "--enhance=enhance", "--out=by_model")
+    made = np.load(shell.home / "by_model" / "samples.npz")
+    assert made["prompt"].tolist() == ["heart", "a heart number 1"] and [p.count("heart") for p in made["enhanced"]] == [1, 1]
+    said = shell(*ask, "--enhance=template", "--out=by_template")
+    made = np.load(shell.home / "by_template" / "samples.npz")
+    assert made["enhanced"][0].startswith("a heart number ") and f"heart -> {made['enhanced'][0]}" in said
+    assert json.loads(str(made["settings"]))["enhance"] == "template"
+    from flowjax.train import export
+
+    tokenizer = export.tokenizer_of(pixel, export.info_of(pixel))
+    np.testing.assert_array_equal(made["tokens"], tokenizer(made["enhanced"].tolist()))
+    said = shell(*ask, f"--enhance={pixel}", code=2)
+    assert "is a network of kind 'denoiser', not a language_model" in said and "Traceback" not in said
 
 
 def test_two_stages_of_resolution(shell, emoji):

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from flowjax.config import ConfigError
+from flowjax.models.stack import layer_numbers
 from flowjax.train import optim
 
 CONSTANT = {"name": "constant", "rate": 0.1}
@@ -115,6 +116,52 @@ def test_rules_freeze_scale_and_override():
         close(ours, descend(rate(r, d), theirs, 3)[0])
 
 
+def unrolled(p):
+    """The same parameters with the layers one by one."""
+    layer = lambda i: jax.tree.map(lambda v: v[i], p["blocks"])  # noqa: E731
+    return {k: v for k, v in p.items() if k != "blocks"} | {f"block_{i}": layer(i) for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    ("rules", "rates", "decays"),
+    [
+        (({"match": "block", "rate": 0.6, "layer_decay": 0.5},), (0.15, 0.3, 0.6), (0.3,) * 3),
+        (({"match": "block", "rate": 0.5}, {"match": "block", "rate": 0.0, "decay": 0.1, "layers": (0, 2)}), (0.0, 0.5, 0.0), (0.1, 0.3, 0.1)),
+        (({"match": "block", "layer_decay": 0.5, "layers": (0,)},), (0.25, 1.0, 1.0), (0.3,) * 3),
+    ],
+)
+def test_layers_have_rates_of_their_own_scanned_or_not(rules, rates, decays):
+    p = params()
+    section = {"name": "adamw", "schedule": CONSTANT, "decay": 0.3, "rules": rules}
+    scanned, _ = descend(build(section), p, 3)
+    apart, _ = descend(build(section, unrolled(p)), unrolled(p), 3)
+    close(unrolled(scanned), apart)
+    for i, (rate, decay) in enumerate(zip(rates, decays)):
+        theirs = optax.adamw(0.1 * rate, weight_decay=decay, mask={"attn": {"kernel": True, "bias": False}, "norm": {"scale": False}})
+        close(apart[f"block_{i}"], descend(theirs, unrolled(p)[f"block_{i}"], 3)[0])
+        if rate == 0:
+            jax.tree.map(lambda new, old: np.testing.assert_array_equal(new[i], old[i]), scanned["blocks"], p["blocks"])  # noqa: B023
+
+
+def test_layers_count_through_the_stacks_of_a_network():
+    """In the order in which an image passes them; a text encoder counts its own. Of an adapter of some layers, too."""
+    shapes = {"encoder/blocks/k": (5, 2), "blocks/k": (2, 3), "context_blocks/k": (3, 3), "context_blocks/attn/k": (3, 1), "x_embed/k": (3,)}
+    assert layer_numbers(shapes) == {
+        "encoder/blocks/k": (range(5), 5), "blocks/k": (range(2), 5), "context_blocks/k": (range(2, 5), 5), "context_blocks/attn/k": (range(2, 5), 5),
+    }  # fmt: skip
+    three = layer_numbers({"dual_blocks/k": (2, 1), "blocks/k": (3, 1), "block_5/k": (1,)})
+    assert three == {"dual_blocks/k": (range(2), 6), "blocks/k": (range(2, 5), 6), "block_5/k": (5, 6)}
+    assert layer_numbers({"block_2/k/up": (1,), "block_3/k/up": (1,)}) == {"block_2/k/up": (2, 4), "block_3/k/up": (3, 4)}
+
+
+def test_the_card_says_what_rules_do():
+    section = {"name": "adamw", "schedule": CONSTANT, "rules": ({"match": "embed", "rate": 0.0}, {"match": "blocks", "layer_decay": 0.5})}
+    told = optim.described(section, params())
+    assert told["frozen"] == "32 parameters: x_embed/bias, x_embed/kernel, y_embed/embedding"
+    assert told["rate x 0.25, 0.5, 1"].startswith("72 parameters: blocks/attn/bias, ") and told["rate x 1"].startswith("10 parameters")
+    assert optim.described(section | {"rules": ()}, params()) == {}
+
+
 def test_frozen_parameters_do_not_count_for_the_clip():
     p = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.zeros((2, 2))}}
     loss = lambda p: jnp.sum(p["a"]["kernel"]) + 1000 * jnp.sum(p["b"]["kernel"])  # noqa: E731
@@ -210,6 +257,9 @@ def test_schedule_spans_the_steps_of_a_slow_player():
         ({"name": "adamw", "schedule": "constant", "rules": ({"match": "["},)}, "not a regular expression"),
         ({"name": "adamw", "schedule": "constant", "rules": ({"rate": 0.0},)}, "rules.0. lacks match"),
         ({"name": "adamw", "schedule": "constant", "rules": ({"match": "out", "lr": 0.0},)}, "lr is unknown; valid: match, rate, decay"),
+        ({"name": "adamw", "schedule": "constant", "rules": ({"match": "out", "layer_decay": 0.5},)}, "finds out/bias, which belongs to no layer"),
+        ({"name": "adamw", "schedule": "constant", "rules": ({"match": "blocks", "layer_decay": 0.0},)}, r"layer_decay = 0.0 should lie in \(0, 1\]"),
+        ({"name": "adamw", "schedule": "constant", "rules": ({"match": "blocks", "rate": 0.0, "layers": (3,)},)}, "3 is no layer; valid: 0 to 2"),
     ],
 )  # fmt: skip
 def test_bad_sections_are_refused(section, message):

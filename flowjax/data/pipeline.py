@@ -5,6 +5,7 @@
     {"ranked": (b, K, H, W, C), "cond": ...}                                          for rankings of K images, the best first
     {"x": ..., "z": ..., "cond": ...}                                       for couplings: z is the noise that x was made from
     {"x": ..., "desirable": bool (b,), "cond": ...}                                  for examples that are marked as good or bad
+    {"x": int32 (b, L), "cond": {}}                           for data sets of captions alone: token ids, of one caption a row
     {"x": ..., "prior": bool (b,), "cond": ...}             for mixtures with `prior`: which rows are of the parts that it names
 
 With a tokenizer (`text`, see flowjax.data.text) "cond" holds "tokens" too, of one of the image's captions; embeddings that are
@@ -89,14 +90,19 @@ class _Part:
         if common.classes or common.limit:
             self.source = _subset(self.source, common.classes, common.limit)
         self.manifest = dict(self.source.manifest) | {"transforms": chosen}
-        if not _PIXELS.keys() & set(self.manifest["columns"]):
+        self.textual = {*self.manifest["columns"]} == {"caption"}  # texts are what the examples are
+        if self.textual and not common.text:
+            raise ConfigError(f"{self.manifest['name']} has only captions; data.text, a tokenizer, makes examples of them")
+        if not _PIXELS.keys() & set(self.manifest["columns"]) and not self.textual:
             found = ", ".join(self.manifest["columns"])
             raise ConfigError(f"{self.manifest['name']} has only {found}; one of these is needed: {', '.join(_PIXELS)}")
         self.num_classes = self.manifest["num_classes"]
         self.tokenizer = self._tokenizer()
+        if self.textual:
+            self.manifest |= {"shape": [self.tokenizer.length], "dtype": "int32"}
         self.shape = self._final_shape()
         self.conditions = {"label": ()} if self.num_classes else {}
-        self.conditions |= {"tokens": (self.tokenizer.length,)} if self.tokenizer else {}
+        self.conditions |= {"tokens": (self.tokenizer.length,)} if self.tokenizer and not self.textual else {}
         self.conditions |= {k: tuple(shape) for k, shape in self.manifest.get("embeddings", {}).items()}
         for what, have, wanted in (
             ("shape", self.shape, tuple(common.expect_shape)),
@@ -204,7 +210,7 @@ class _Part:
                 indices[epochs == epoch] = counter.permute(key, indices[epochs == epoch], len(self.source))
         out = dict(self.rows(indices))
         if self.tokenizer:
-            out["tokens"] = self._tokens(out.pop("caption"), indices, positions, seed, self.common.curriculum if shuffle else 0)
+            out["text_ids" if self.textual else "tokens"] = self._tokens(out.pop("caption"), indices, positions, seed, self.common.curriculum if shuffle else 0)
         if self.common.flip:
             flipped = counter.uniform(counter.make_key(seed, _FLIP), positions) < 0.5
             for key in out.keys() & _PIXELS.keys():
@@ -258,6 +264,8 @@ def _finish(columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
         batch[_PIXELS[key]] = value / np.float32(127.5) - np.float32(1) if stored == np.uint8 else value
     if MARK in columns:
         batch[MARK] = columns[MARK] != 0
+    if "text_ids" in columns:
+        batch["x"] = columns["text_ids"]
     batch["cond"] = {k: np.asarray(columns[k], dtype) for k, dtype in conditions.DTYPES.items() if k in columns}
     return batch
 
@@ -325,7 +333,7 @@ class Pipeline:
     """Iterator over batches; its whole state is the number of the next one.
 
     Properties: `manifest` describes the data, `num_classes` is 0 when unlabelled, `shape` is that of one example, `shapes` are those
-    of all buckets (`shape`, that of most images, first), `conditions` those of its condition by name (flowjax.conditions),
+    of all buckets (`shape`, that of most images, first), `dtype` is int32 where examples are texts, `conditions` are those of its condition by name (flowjax.conditions),
     `tokenizer` is None without `text`, the section that describes it.
     """
 
@@ -335,6 +343,7 @@ class Pipeline:
         first = batches.parts[0]
         self.manifest, self.num_classes, self.shape = manifest, first.num_classes, first.shape
         self.shapes = tuple(dict.fromkeys(p.shape for p in batches.parts))
+        self.dtype = "int32" if first.textual else "float32"
         self.conditions, self.tokenizer, self.text = first.conditions, first.tokenizer, text_lib.resolved(first.common.text)
         size = 4 * sum(first.numbers) * batches.batch_size // batches.process_count
         options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=min(16, max(2, PREFETCH_BYTES // size)))
@@ -490,6 +499,7 @@ class Declared:
     conditions: Mapping[str, tuple[int, ...]]
     manifest: Mapping[str, Any]
     tokenizer: None = None
+    dtype: str = "float32"
 
     @property
     def shapes(self):
@@ -526,7 +536,7 @@ def ordered(section: Mapping[str, Any] | str, split: str, batch: int):
                 made = part.transformed(columns, rows)
                 x = _finish(made).get("x")
                 if x is None:
-                    raise ConfigError(f"{part.manifest['name']} holds preference pairs, not examples")
+                    raise ConfigError(f"{part.manifest['name']} holds preference pairs or captions alone, not images or points")
                 yield rows, x, columns | made
 
     return _described(parts, weights, whole), batches()
@@ -557,5 +567,5 @@ def arrays(section: Mapping[str, Any] | str, split: str = "train", limit: int | 
     read = [{k: v for k, v in columns.items() if k not in unwanted} for columns in read]
     rows = {k: np.concatenate([columns[k] for columns in read]) for k in read[0]}
     if part.tokenizer:
-        rows["tokens"] = part.tokenizer([c.split("\n")[0] for c in rows["caption"]], part.manifest["name"])
+        rows["text_ids" if part.textual else "tokens"] = part.tokenizer([c.split("\n")[0] for c in rows["caption"]], part.manifest["name"])
     return _finish(rows) | ({"caption": list(rows["caption"])} if part.tokenizer else {})

@@ -6,14 +6,18 @@
     {"name": "export", "path": "exports/sd3_text"}                       that of a text encoder's export, or of any network's
 
 Rows are padded at the end, so every batch has one shape. A caption that is too long is refused, or cut where `truncate` says so:
-never in silence.
+never in silence. `added` = {word: number} gives new words so many tokens each, behind the vocabulary (flowjax.train.inversion). With
+`pairs`, what stands before and after a tab are two texts, the second behind the first with a padding token between: for language models
+that go on from one to the other.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,7 +30,8 @@ PADDING = "[PAD]"  # token 0 of a tokenizer that is learned here
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """encode(list of strings) -> lists of ids. vocab: ids are 0 .. vocab - 1, `pad` among them. file: what it was read from."""
+    """encode(list of strings) -> lists of ids; decode(ids) -> string, up to the first `pad`. vocab: ids are 0 .. vocab - 1, `pad`
+    among them. file: what it was read from. added: words that got tokens of their own, behind all others, and how many each."""
 
     encode: Callable[[list[str]], list[list[int]]]
     vocab: int
@@ -34,6 +39,9 @@ class Tokenizer:
     pad: int = 0
     truncate: bool = False
     file: pathlib.Path | None = None
+    pairs: bool = False
+    decode: Callable[[list[int]], str] | None = None
+    added: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -48,7 +56,7 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
         """int32 (n, length). **Errors:** DataError that quotes a text which does not fit and, as `where`, says whose it is."""
         out = np.full((len(texts), self.length), self.pad, np.int32)
-        for row, text, ids in zip(out, texts, self.encode(list(texts)), strict=True):
+        for row, text, ids in zip(out, texts, self._ids(list(texts), where), strict=True):
             if len(ids) > self.length and not self.truncate:
                 raise DataError(
                     f"{where + ': ' if where else ''}{text!r} has {len(ids)} tokens, but text.length = {self.length}; "
@@ -56,6 +64,15 @@ class Tokenizer:
                 )
             row[: len(ids)] = ids[: self.length]
         return out
+
+    def _ids(self, texts: list[str], where: str):
+        if not self.pairs:
+            return self.encode(texts)
+        halves = [text.split("\t") for text in texts]
+        if odd := [text for text, half in zip(texts, halves) if len(half) != 2]:
+            raise DataError(f"{where + ': ' if where else ''}{odd[0]!r} should be two texts with a tab between (text.pairs)")
+        first, second = (self.encode([half[i] for half in halves]) for i in (0, 1))
+        return [[*a, self.pad, *b] for a, b in zip(first, second)]
 
     @property
     def digest(self) -> str:
@@ -110,12 +127,41 @@ def mismatch(tokenizer, vocab, lengths=None) -> str:
     return ""
 
 
-def _bytes(length: int, truncate: bool = False) -> Tokenizer:
+def _added(added: Mapping[str, int], vocab: int) -> dict[str, list[int]]:
+    """{word: its ids}, behind the vocabulary."""
+    fit = lambda word, n: isinstance(word, str) and word.strip() == word != "" and isinstance(n, int) and n > 0  # noqa: E731
+    if not isinstance(added, Mapping) or not all(fit(*item) for item in added.items()):
+        raise ConfigError(f"text.added = {added!r} should say how many tokens each new word gets: {{word: number}}")
+    ends = list(itertools.accumulate(added.values(), initial=vocab))
+    return {word: list(range(a, b)) for word, a, b in zip(added, ends, ends[1:])}
+
+
+def _with_words(encode: Callable, words: Mapping[str, list[int]], pieces: Callable[[str], str]) -> Callable:
+    """encode, between the words that have ids of their own; pieces: what is encoded of the text between them."""
+    if not words:
+        return encode
+    between = re.compile("(" + "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) + ")")
+
+    def one(text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in between.split(text):
+            ids += words[piece] if piece in words else encode([rest])[0] if (rest := pieces(piece)) else []
+        return ids
+
+    return lambda texts: [one(text) for text in texts]
+
+
+def _bytes(length: int, truncate: bool = False, pairs: bool = False, added: Mapping = {}) -> Tokenizer:  # noqa: B006
     """UTF-8 bytes shifted by one; a caption cut inside a character loses its last bytes only."""
-    return Tokenizer(lambda texts: [[b + 1 for b in text.encode()] for text in texts], 257, _length(length), truncate=truncate)
+    encode = lambda texts: [[b + 1 for b in text.encode()] for text in texts]  # noqa: E731
+    decode = lambda ids: bytes(i - 1 for i in _before(ids, 0) if i < 257).decode(errors="replace")  # noqa: E731
+    words = _added(added, 257)
+    encode = _with_words(encode, words, lambda piece: piece)
+    vocab = 257 + sum(added.values())
+    return Tokenizer(encode, vocab, _length(length), truncate=truncate, pairs=pairs, decode=decode, added=added)
 
 
-def _file(path: str, length: int, pad: int = 0, truncate: bool = False) -> Tokenizer:
+def _file(path: str, length: int, pad: int = 0, truncate: bool = False, pairs: bool = False, added: Mapping = {}) -> Tokenizer:  # noqa: B006
     """A tokenizer.json, with the special tokens that its own post-processor adds; `pad` is the id to pad with."""
     try:
         import tokenizers
@@ -135,7 +181,19 @@ def _file(path: str, length: int, pad: int = 0, truncate: bool = False) -> Token
     vocab = inner.get_vocab_size()
     if not 0 <= pad < vocab:
         raise ConfigError(f"text.pad = {pad} is outside the vocabulary, 0..{vocab - 1}")
-    return Tokenizer(lambda texts: [e.ids for e in inner.encode_batch(texts)], vocab, _length(length), pad, truncate, file)
+    decode = lambda ids: inner.decode(_before(ids, pad)).strip()  # noqa: E731
+    encode = lambda texts: [e.ids for e in inner.encode_batch(texts)]  # noqa: E731
+    words = _added(added, vocab)
+    if words and encode([""]) != [[]]:
+        raise ConfigError(f"text.added: {file} puts tokens of its own around every text, between which a new word has no place")
+    encode = _with_words(encode, words, str.strip)
+    vocab += sum(added.values())
+    return Tokenizer(encode, vocab, _length(length), pad, truncate, file, pairs, decode, added)
+
+
+def _before(ids: list[int], end: int) -> list[int]:
+    """The ids before the first `end`."""
+    return ids[: ids.index(end)] if end in ids else ids
 
 
 def _length(length: int) -> int:

@@ -360,6 +360,8 @@ def _header(ranks, lora, layout, prefix) -> dict[str, str]:
 
 def write(file, net, params, adapter, lora: Lora, layout: str):
     """Write the safetensors file of an adapter."""
+    if not isinstance(lora, Lora):
+        raise ConfigError(f"the embedding of a new word ({lora.token!r}) has no place in layout {layout!r}; use --adapter=flowjax")
     paths.path(file).write_bytes(files.packed(*to_file(net, params, adapter, lora, layout)))
 
 

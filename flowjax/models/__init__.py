@@ -13,6 +13,7 @@ from flowjax.models.clip import CLIP, CLIPText, CLIPVision
 from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
 from flowjax.models.jit import JiT
+from flowjax.models.language import LanguageModel
 from flowjax.models.mae import MAE
 from flowjax.models.mixture import Mixture
 from flowjax.models.mlp import MLP
@@ -39,6 +40,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "feature_head": FeatureHead,
     "flux": Flux,
     "jit": JiT,
+    "language_model": LanguageModel,
     "lpips": LPIPS,
     "mae": MAE,
     "mixture": Mixture,

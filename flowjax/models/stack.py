@@ -1,11 +1,17 @@
 """A stack of equal layers, scanned or unrolled, from which the state after one of them can be read."""
 
+import re
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flowjax.models.attention import SEEN
 from flowjax.models.remat import REMAT
+
+# Names of scanned stacks, in the order in which those of one network follow each other.
+NAMES = ("dual_blocks", "blocks", "double_blocks", "context_blocks", "single_blocks")
 
 
 def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", first=0, scan=True, remat="none", tap=0, each=None):
@@ -51,3 +57,26 @@ def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", 
         return h, kept
 
     return scanned
+
+
+def layer_numbers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int | range, int]]:
+    """{name: (number of its layer, depth)} of the parameters that belong to layers, by names and shapes of all of a network.
+
+    Layers count from 0 at the input, through all stacks of one scope (a network, or its text encoder), whether scanned or not;
+    a scanned parameter has a range of numbers, one for each row of its leading axis.
+    """
+    found = {k: m for k in shapes if (m := re.search(rf"(?:^|/)(?:({'|'.join(NAMES)})|block_(\d+))/", k))}
+    lengths: dict[str, dict[str, int]] = {}  # of the scanned stacks, by scope
+    for name, match in found.items():
+        if match[1]:
+            lengths.setdefault(name[: match.start()], {})[match[1]] = shapes[name][0]
+    numbers: dict[str, int | range] = {}
+    depth: dict[str, int] = {}
+    for name, match in found.items():
+        scope, first = name[: match.start()], int(match[2] or 0)
+        if match[1]:
+            first = sum(lengths[scope].get(k, 0) for k in NAMES[: NAMES.index(match[1])])
+        stop = first + (shapes[name][0] if match[1] else 1)
+        numbers[name] = range(first, stop) if match[1] else first
+        depth[scope] = max(stop, depth.get(scope, 0))
+    return {name: (at, depth[name[: found[name].start()]]) for name, at in numbers.items()}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from flowjax import config
 from flowjax.objectives import add, classification, consistency, contrastive, dmd, dpo, flow_map, flow_matching, grpo, guidance_distillation
-from flowjax.objectives import imm, lcm, mae, moment, nft, online_dpo, progressive, repa, reward_feedback, reward_model, scm, stepwise, vae
+from flowjax.objectives import imm, language_model, lcm, mae, moment, nft, online_dpo, progressive, repa, reward_feedback, reward_model, scm, stepwise, vae
 from flowjax.objectives.base import GIVEN, Objective, Player
 
 OBJECTIVES: dict[str, Objective] = {
@@ -50,6 +50,7 @@ OBJECTIVES: dict[str, Objective] = {
     "vae_gan": vae.GAN,
     "classification": classification.OBJECTIVE,
     "contrastive": contrastive.OBJECTIVE,
+    "language_model": language_model.OBJECTIVE,
 }
 
 

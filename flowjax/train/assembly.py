@@ -16,7 +16,7 @@ from flowjax.data.sources import MARK
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
-from flowjax.train import checkpoint, ema, export, generator, lora, optim, settings
+from flowjax.train import checkpoint, ema, export, files, generator, inversion, lora, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, domain, same_domain, same_shapes
@@ -45,7 +45,7 @@ def build_roles(config, objective, place=None):
         elif kind in ("frozen", "optional"):
             if not section or not section["checkpoint"]:
                 raise ConfigError(f"roles.{name}.checkpoint is missing: the objective needs a frozen {name!r} (an export or a workdir)")
-            if any(section[k] for k in (*NETWORK, "optimizer", "every", "lora")) or section["updates"] != 1:
+            if any(section[k] for k in (*NETWORK, "optimizer", "every", "lora", "average")) or section["updates"] != 1:
                 raise ConfigError(f"roles.{name} is frozen and described by its checkpoint; only checkpoint and weights may be set")
             roles[name], params, info = export.load(section["checkpoint"], section["weights"], where=f"roles.{name}", place=place)
             usual = {"vae": "autoencoder", "text": "text_encoder"}.get(name, "denoiser" if kind == "frozen" else None)
@@ -119,16 +119,23 @@ class Run:
         self.pipeline = data or self.stream("train", config["seed"])
         self.here = {*self.mesh.devices.flat} <= {*jax.devices()}
         self.roles, self.loaded = build_roles(config, self.objective, self._shards if self.here else None)
+        if (self.pipeline.dtype == "int32") != (kind := self.roles["net"].module.kind == "language_model"):
+            raise ConfigError("a language model learns from texts, and the data are none" if kind else "the data are texts, for a language model")
         if any(r.module.kind in ("denoiser", "reward") for r in self.roles.values()):
             self._check_classes()
         self.encoded, self.embedded = self._encoded(), self._embedded()
         self.tokenizer, self.text = self._prompts()
+        for name, role in self.roles.items():
+            if isinstance(role.lora, inversion.Inversion):
+                made, module = role.lora.placed(role.module, self.tokenizer, f"roles.{name}.lora")
+                self.roles[name] = dataclasses.replace(role, module=module, lora=made)
         self.averages = {k: ema.build(v, f"ema.{k}") for k, v in config["ema"].items()}
         kept = {k: ema.snapshots(v, f"ema.{k}") for k, v in config["ema"].items()}
         self.snapshots = {k: v for k, v in kept.items() if v}
         for name, (_, of) in self.averages.items():
             if self.objective.roles.get(of) != "trained":
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
+        self.continued = {k: v for name in self.trained for k, v in self._continued(name).items()}
         if "z" in self.columns and not self.objective.coupled:
             raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
         if MARK in self.columns and not self.objective.judged:
@@ -192,8 +199,8 @@ class Run:
         for name, role in self.roles.items() if self.tokenizer else ():
             fields = getattr(role.module, "text_encoder", None) or getattr(role.module, "text", None) or {}
             vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
-            if fields and self.tokenizer.pad:
-                raise ConfigError(f"text.pad = {self.tokenizer.pad}, but a text encoder that is trained here takes token 0 for padding")
+            if (fields or role.module.kind == "language_model") and self.tokenizer.pad:
+                raise ConfigError(f"text.pad = {self.tokenizer.pad}, but what is trained here on text takes token 0 for padding")
             if vocab and (wrong := text_lib.mismatch(self.tokenizer, vocab, getattr(role.module, "lengths", None))):
                 raise ConfigError(f"{'model' if name == 'net' else f'roles.{name}'}: {wrong}")
         idle = {*self.example[1]} - {"label"} - self.read - self.objective.conditions.keys()  # of those the objective takes care
@@ -278,7 +285,7 @@ class Run:
         if twice := cond.keys() & self.objective.conditions.keys():
             objective = keywords(self.config["objective"])["name"]
             raise ConfigError(f"the data has {', '.join(twice)}, which objective {objective!r} makes itself")
-        return jnp.zeros((1, *shape), jnp.float32), cond | conditions.zeros(self.objective.conditions, 1)
+        return jnp.zeros((1, *shape), self.pipeline.dtype), cond | conditions.zeros(self.objective.conditions, 1)
 
     def image_shape(self):
         """Shape of one sample, whether the data are images or the latents of some."""
@@ -351,15 +358,15 @@ class Run:
         self.codecs = {k: placed[k] for k in CODECS if k in placed}
         absent = [k for k, away in (("vae", self.encoded), ("text", self.embedded)) if away]
         self.frozen = {k: placed[k] for k in self.loaded if k in placed and k not in absent}
-        self._merge = {}
+        self._merge, self._at = {}, {}
         for name in self.trained:
             if self.roles[name].lora is not None:  # what is adapted lies where it would lie if it were trained
                 base, at = self.loaded[name][0], sharding.param_specs(whole[name], self.mesh, self.rules)
-                held = self.roles[name].lora.held
-                same_shapes(base, held(meta.unbox(whole[name])), f"roles.{name}.checkpoint")
+                held, of_base = self.roles[name].lora.held, self.roles[name].lora.of_base
+                same_shapes(base, of_base(held(meta.unbox(whole[name]))), f"roles.{name}.checkpoint")
                 self.frozen[name] = jax.tree.map(put, base, held(at))
                 merge = lambda params, base, role=self.roles[name]: role.whole(params, base)  # noqa: E731
-                self._merge[name] = jax.jit(merge, out_shardings=at)
+                self._merge[name], self._at[name] = jax.jit(merge, out_shardings=at), at
 
     def _shards(self, boxed):
         """Where parameters lie whose axes have names."""
@@ -372,8 +379,10 @@ class Run:
     @property
     def network(self):
         """Shapes and places of all parameters of the role "net"."""
-        own = self.target.params["net"]
-        return self.frozen["net"] | {k: own[k] for k in self._added("net")} if "net" in self._merge else own
+        if "net" not in self._merge:
+            return self.target.params["net"]
+        whole, at = jax.eval_shape(self._merge["net"], self.target.params["net"], self.frozen["net"]), self._at["net"]
+        return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), whole, at)
 
     def _added(self, name: str) -> tuple[str, ...]:
         """The parts of a role's parameters that its checkpoint may lack and does; ConfigError where it does not fit otherwise."""
@@ -384,6 +393,28 @@ class Run:
         same_shapes(found, {k: v for k, v in wanted.items() if k not in added}, f"roles.{name}.checkpoint")
         return added
 
+    def _continued(self, role: str):
+        """{average: (parameters of the one that it goes on with, how many updates that has had)} (roles.<role>.average)."""
+        section = self.config["roles"].get(role) or {}
+        if not (source := section.get("average")):
+            return {}
+        where = f"roles.{role}.average = {source!r}"
+        if section["lora"] is not None:
+            raise ConfigError(f"{where}: an adapter begins anew, and so do its averages")
+        mine = [k for k, (_, of) in self.averages.items() if of == role and k not in self.objective.roles]
+        if not mine:
+            raise ConfigError(f"{where}: this run has no average of {role} (ema) that could go on with it")
+        if kept := [k for k in mine if k in self.snapshots]:
+            raise ConfigError(f"{where}: ema.{kept[0]}.snapshot_every counts from the start of a run; set it to 0")
+        if source == "params" or (files.path(section["checkpoint"]) / "params").exists():
+            raise ConfigError(f"{where} goes on with an average of a workdir; 'params' are none, and an export has none beside its weights")
+        _, params, info = export.load(section["checkpoint"], source, self.loaded[role][1]["step"], where=f"roles.{role}")
+        count = info["step"] + info.get("continued", {}).get(source, 0)
+        for name in mine:
+            decay, of = self.averages[name]
+            self.averages[name] = (lambda n, decay=decay: decay(n + count)), of
+        return dict.fromkeys(mine, (params, count))
+
     def fresh(self):
         """The state at step 0, created straight into its shards; roles with a checkpoint start from it, except what it lacks."""
         state = jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config["seed"]))
@@ -391,10 +422,14 @@ class Run:
             if name in self.loaded and name not in self._merge:
                 params = self.loaded[name][0]
                 put = lambda p, s: jax.device_put(jnp.asarray(p, s.dtype), s.sharding)  # noqa: E731
-                begun = lambda own: own | jax.tree.map(put, params, {k: own[k] for k in params})  # noqa: E731
+                begun = lambda own, params=params: own | jax.tree.map(put, params, {k: own[k] for k in params})  # noqa: E731
                 new = begun(state.params[name])
-                copies = {k: begun(state.ema[k]) for k, (_, of) in self.averages.items() if of == name}
+                copies = {k: begun(state.ema[k], self.continued.get(k, (params,))[0]) for k, (_, of) in self.averages.items() if of == name}
                 state = state.replace(params={**state.params, name: new}, ema={**state.ema, **jax.tree.map(jnp.copy, copies)})
+            elif name in self._merge and (begun := self.roles[name].lora.begun(self.loaded[name][0], self.tokenizer)) is not None:
+                new = jax.tree.map(lambda p, s: jax.device_put(p.astype(s.dtype), s.sharding), begun, state.params[name])
+                copies = {k: jax.tree.map(jnp.copy, new) for k, (_, of) in self.averages.items() if of == name}
+                state = state.replace(params={**state.params, name: new}, ema={**state.ema, **copies})
         return state
 
     def step(self):
@@ -422,7 +457,7 @@ class Run:
         names = ("ranked",) if lead else names
         cond = {k: one(shape, conditions.DTYPES[k]) for k, shape in self.pipeline.conditions.items()}
         marks = {k: one((), bool) for k, there in (("prior", "prior" in self.pipeline.manifest), (MARK, MARK in columns)) if there}
-        return {**{k: one((*lead, *(shape or self.pipeline.shape)), jnp.float32) for k in names}, **marks, "cond": cond}
+        return {**{k: one((*lead, *(shape or self.pipeline.shape)), self.pipeline.dtype) for k in names}, **marks, "cond": cond}
 
     def jit(self, fn):
         """jit of a function of parameters and small inputs, on this mesh (see flowjax.models.sharding), with results everywhere."""
@@ -519,8 +554,10 @@ class Run:
 
     def info(self, step, weights):
         """What an export or a workdir says about its network."""
+        grown = self.roles["net"].module.text_encoder if isinstance(self.roles["net"].lora, inversion.Inversion) else None
         return {
             **{k: self.config[k] for k in NETWORK},
+            **({"model": self.config["model"] | {"text_encoder": dict(grown)}} if grown else {}),
             "shape": list(self.example[0].shape[1:]), "num_classes": self.pipeline.num_classes,
             "conditions": {k: list(v) for k, v in conditions.shapes_of(self.example[1]).items()},
             "text": self.text,
@@ -528,14 +565,16 @@ class Run:
             "config": self.config, "step": step, "weights": weights,
             "data": self.pipeline.manifest, "frozen": self.fingerprints(),
             "frozen_models": {k: self.loaded[k][1]["model"] for k in self.frozen},
+            "continued": {k: count for k, (_, count) in self.continued.items()},
         } | ({"lora": self._adapter()} if "net" in self._merge else {})
 
     def _adapter(self):
         """What is needed to load the adapter of "net": its settings, and its base with a hash of that."""
-        section = self.config["roles"]["net"]
+        section, made = self.config["roles"]["net"], self.roles["net"].lora
         base = {k: section[k] for k in ("checkpoint", "weights")}
         whole = {"added": list(added)} if (added := self._added("net")) else {}
-        return {**section["lora"], **whole, "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
+        places = {"first": made.first, "rows": made.rows} if isinstance(made, inversion.Inversion) else {}
+        return {**section["lora"], **whole, **places, "base": {**base, "fingerprint": checkpoint.fingerprint(self.frozen["net"])}}
 
     def fingerprints(self):
         """{frozen role: hash of its parameters}: a resumed run must meet the same teachers."""

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowjax.config import keywords
 from flowjax.train import ema as ema_lib
-from flowjax.train import files, hardware
+from flowjax.train import files, hardware, optim
 
 
 def peak_flops() -> float | None:
@@ -57,6 +58,51 @@ def write(workdir, facts: dict):
         (workdir / "card.json").write_text(json.dumps(facts, indent=1, default=str))
         (workdir / "card.txt").write_text(text + "\n")
     return text
+
+
+def start(this) -> dict:
+    """Where the parameters of each trained role come from, and what its averages begin with."""
+    facts = {}
+    for name in this.trained:
+        if name not in this.loaded:
+            facts[name] = f"drawn with seed {this.config['seed']}"
+            continue
+        section, (_, info) = this.config["roles"][name], this.loaded[name]
+        facts[name] = f"{section['checkpoint']} at step {info['step']}, weights {info['weights']}"
+        facts[name] += ", frozen under a fresh adapter" if this.roles[name].lora is not None else "; optimizer state anew"
+        for average in (k for k, (_, of) in this.averages.items() if of == name):
+            facts[f"ema.{average}"] = "restarted there"
+            if average in this.continued:
+                facts[f"ema.{average}"] = f"goes on with its {section['average']} of {this.continued[average][1]} updates"
+    return facts
+
+
+def rules(this):
+    """What per-parameter rules do: which parameters are frozen, and which learn at another rate."""
+    told = {}
+    for name in this.trained:
+        own = (this.config["roles"].get(name) or {}).get("optimizer")
+        told[name] = optim.described(own or this.config["optimizer"], this.target.params[name])
+    return {k: v for k, v in told.items() if v} or "none"
+
+
+def shares(this):
+    """What share of a mixture each part has, and which parts rehearse what the start of a trained role was trained on (replay)."""
+    name, section = keywords(this.config["data"])["name"], this.config["data"]
+    if name != "mixture":
+        return "one data set"
+    before = [plainly(this.loaded[k][1].get("config", {}).get("data")) for k in this.trained if k in this.loaded]
+    before += [plainly(part) for data in before if isinstance(data, dict) and data.get("name") == "mixture" for part in data["parts"]]
+    total, told = sum(section["weights"]), {}
+    for i, (part, weight) in enumerate(zip(section["parts"], section["weights"])):
+        said = ", ".join(f"{k} {v}" for k, v in keywords(part).items())
+        told[f"part {i}"] = f"{100 * weight / total:.4g} %{' replay' if plainly(part) in before else ''}: {said}"
+    return told
+
+
+def plainly(section):
+    """A data section in one form: a name alone is a section without settings."""
+    return None if section is None else json.loads(json.dumps(keywords(section)))
 
 
 def schedule_points(schedule, steps: int) -> dict:

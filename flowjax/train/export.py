@@ -22,7 +22,7 @@ from flowjax import conditions
 from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
-from flowjax.train import ema, files, lora, posthoc
+from flowjax.train import ema, files, inversion, lora, posthoc
 from flowjax.train.roles import build_role
 
 
@@ -247,11 +247,15 @@ def adapted(role, params, info, adapters, where: str = "--lora"):
         lora.check_fit(params, tree, f"{where}={name}")
         if its_info is not None:
             same_base(its_info, params, f"{where}={name}")
-    names, trees, loras, _, weights = zip(*adapters, strict=True)
-    scales = [made.scale for made in loras]
+    names, trees, loras, infos, weights = zip(*adapters, strict=True)
+    scales = [lora.scale_of(made) for made in loras]
+    words = [i for i, made in zip(infos, loras) if isinstance(made, inversion.Inversion)]
+    if len(words) > 1 or (words and words[0] is None):
+        raise ConfigError(f"{where}: one adapter at a time can bring a new word; export the network with the first, and train the second of that")
     merged = jax.jit(lambda params, trees: lora.merge(params, zip(trees, scales, weights, strict=True)))
     told = "+".join([str(info["weights"]), *(f"{w:g}*{name}" for name, w in zip(names, weights, strict=True))])
-    return merged(params, trees), {**info, "weights": told}
+    knows = {k: words[0][k] for k in ("model", "text")} if words else {}  # its table and its tokenizer have the word
+    return merged(params, trees), {**info, "weights": told, **knows}
 
 
 def identity(params, info) -> str:

@@ -68,6 +68,8 @@ def load(source, weights: str = "ema", settings: dict | None = None) -> Generato
 
 def build(role, params, info, source, settings: dict | None = None, decode: bool = True) -> Generator:
     """`load` for a network that is loaded already; decode: whether a network of latents makes images of them."""
+    if role.module.kind != "denoiser":
+        raise ConfigError(f"{source} is a network of kind {role.module.kind!r}, which makes no samples")
     options = chosen(info, settings or {})
     guidance, besides = second_network(options.pop("guidance"), info["shape"])
     shape = tuple(info["shape"])

@@ -277,6 +277,8 @@ def _claim(workdir, this):
         # Before the file says that the run was trained with what is there now.
         if stored.get("frozen", {}) != (frozen := json.loads(json.dumps(info["frozen"]))):
             raise ConfigError(f"the frozen networks changed since {workdir} began: {stored.get('frozen')} -> {frozen}")
+        if (begun := stored.get("continued", {})) != info["continued"]:
+            raise ConfigError(f"the average that roles.*.average goes on with has moved since {workdir} began: {begun} -> {info['continued']} updates")
         # Resolved anew, so that a setting which a later version added counts as its default.
         before = settings.resolve(stored["config"])
         changed = settings.differences(before, this.config)
@@ -372,7 +374,7 @@ def _drawer(this, workdir):
 
 def _times(this, state, batch, first):
     """The times that the first steps draw, about 4096 of them, or None for objectives without."""
-    blank = {k: np.zeros((len(v), *this.example[0].shape[1:]), np.float32) for k, v in batch.items() if k in ("x", "win", "lose")}
+    blank = {k: np.zeros((len(v), *this.example[0].shape[1:]), this.example[0].dtype) for k, v in batch.items() if k in ("x", "win", "lose")}
     if "encoder" in this.frozen:
         blank["image"] = batch["x"]
 
@@ -396,10 +398,13 @@ def _facts(this, train_step, compiled, state, drawn, rate):
     dtypes = {str(v.dtype) for v in jax.tree.leaves(state.params)}
     facts = {
         "config": config,
+        "start": card.start(this),
         "parameters": {k: f"{card.size(v):,} trained" for k, v in state.params.items()}
         | {f"{k}, not in its checkpoint": ", ".join(v) for k, v in this.added.items() if v}
         | {k + ", adapted" * (k in state.params): f"{card.size(v):,} frozen" for k, v in this.frozen.items()},
+        "rules of the optimizer": card.rules(this),
         "data": this.pipeline.manifest,
+        "shares of the data": card.shares(this),
         "batch": {"global": config["batch_size"], "slices": config["accumulate"], "per process": config["batch_size"] // jax.process_count()},
         "times": {"share of t in each tenth": card.histogram(drawn)} if drawn is not None else "none",
         "learning rate at step": {

@@ -28,8 +28,9 @@ from flax import traverse_util
 from flax.core import meta
 
 from flowjax.config import ConfigError, check
+from flowjax.train.inversion import Inversion
 
-LEAVES = ("down", "up", "magnitude")
+LEAVES = ("down", "up", "magnitude", "rows")  # of an adapter's part; what else it has it holds whole
 LEAST = 1e-30  # of a squared norm: an output whose kernel is zero has no direction, and begins with that of D
 
 
@@ -43,6 +44,17 @@ class Lora:
     alpha: float = 0.0
     dora: bool = False
     added: tuple[str, ...] = ()
+
+    def fresh(self, key, boxed, where: str = "lora"):
+        """`init`, by the name that it has for every kind of adapter."""
+        return self.init(key, boxed, where)
+
+    def begun(self, base, tokenizer):
+        """None: an adapter begins as it is drawn, whatever the base."""
+
+    def of_base(self, whole):
+        """Shapes of the base's parameters: those of the network."""
+        return whole
 
     @property
     def scale(self) -> float:
@@ -88,10 +100,15 @@ class Lora:
         return {k: flat[k] for k in found}
 
 
-def build(section, where: str, added: Iterable[str] = ()) -> Lora:
-    """The Lora that a section {"pattern", "rank"[, "alpha", "dora"]} describes."""
+def build(section, where: str, added: Iterable[str] = ()) -> Lora | Inversion:
+    """The Lora that a section {"pattern", "rank"[, "alpha", "dora"]} describes, or the Inversion of {"token", "init"[, "vectors"]}."""
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{where} = {section!r} should be a section: {{'pattern': ..., 'rank': ...}}")
+        raise ConfigError(f"{where} = {section!r} should be a section: {{'pattern': ..., 'rank': ...}}, or {{'token': ..., 'init': ...}}")
+    if "token" in section:
+        word = Inversion(**check(Inversion, section, where))
+        if not word.token.strip() or word.vectors < 1:
+            raise ConfigError(f"{where}: token = {word.token!r} should be a word and vectors = {word.vectors} at least 1")
+        return word
     made = Lora(**check(Lora, section, where, ("added",)), added=tuple(added))
     if made.rank < 1 or made.alpha < 0:
         raise ConfigError(f"{where}: rank = {made.rank} should be at least 1 and alpha = {made.alpha} not negative")
@@ -102,8 +119,13 @@ def build(section, where: str, added: Iterable[str] = ()) -> Lora:
     return made
 
 
+def scale_of(made: Lora | Inversion):
+    """What `merge` takes beside the tree of an adapter."""
+    return made.scale if isinstance(made, Lora) else made
+
+
 def parts(adapter) -> dict[str, dict]:
-    """{path of the kernel: {"down", "up"[, "magnitude"]}}."""
+    """{path of the kernel: {"down", "up"[, "magnitude"]}}, or {path of the table: {"rows"}}."""
     found: dict[str, dict] = {}
     for path, leaf in traverse_util.flatten_dict(adapter, sep="/").items():
         kernel, _, name = path.rpartition("/")
@@ -135,7 +157,7 @@ def change(kernel, part, scale: float):
 
 def merge(params, adapters: Iterable[tuple]):
     """The parameters with adapters (tree, scale, weight) added to them: W0 + sum of weight (W_i - W0), each W_i as if it were
-    alone.
+    alone. Of the embedding of a new word it is (tree, its Inversion, weight).
 
     Kernels that no adapter names are passed on untouched, and with up = 0 and magnitude = 0 all are bitwise what they were. What an
     adapter holds whole is put beside them.
@@ -144,7 +166,10 @@ def merge(params, adapters: Iterable[tuple]):
     merged = dict(flat)
     for adapter, scale, weight in adapters:
         for path, part in parts(adapter).items():
-            merged[path] = merged[path] + weight * change(flat[path], part, scale)
+            if "rows" in part:
+                merged[path] = scale.merged(merged[path], part, weight)
+            else:
+                merged[path] = merged[path] + weight * change(flat[path], part, scale)
         merged |= added(adapter)
     return traverse_util.unflatten_dict(merged, sep="/")
 
@@ -155,8 +180,12 @@ def check_fit(params, adapter, where: str):
         raise ConfigError(f"{where} brings {', '.join(whole)} along, inputs of a network that its base is not: sample the adapter's own checkpoint")
     flat = traverse_util.flatten_dict(params, sep="/")
     for path, part in parts(adapter).items():
-        down, up = part["down"].shape, part["up"].shape
         found = flat[path].shape if path in flat else None
+        if "rows" in part:
+            if found is None or found[1:] != part["rows"].shape[1:]:
+                raise ConfigError(f"{where} adds rows of {part['rows'].shape[1]} to {path}, and the network has {found or 'none'}")
+            continue
+        down, up = part["down"].shape, part["up"].shape
         if found != (*down[:-1], up[-1]):
             has = "none" if found is None else f"{found} there"
             raise ConfigError(f"{where} adapts {path} of shape {(*down[:-1], up[-1])}, and the network has {has}")

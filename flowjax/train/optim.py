@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flowjax import config
 from flowjax.config import ConfigError
+from flowjax.models.stack import layer_numbers
 
 
 def _warm(schedule: Callable, warmup: int) -> Callable:
@@ -113,29 +115,81 @@ def name_of(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _rule(match: str, rate: float = None, decay: float = None):
-    """The parameters whose names `match` finds: multiplier of their learning rate, their weight decay; None leaves it as it is."""
+def _rule(match: str, rate: float = None, decay: float = None, layer_decay: float = None, layers: tuple = ()):
+    """The parameters whose names `match` finds: multiplier of their learning rate, their weight decay; None leaves it as it is.
+
+    layer_decay: the rate holds for the last layer, and each layer before it has this much of the next one's (BEiT, MAE), whether
+    layers are scanned or not. layers: only these of what is found, numbers from 0 at the input.
+    """
 
 
 def per_parameter(params, rules: Sequence, decay: float, where: str):
     """(learning-rate multiplier, weight decay) per leaf: kernels (of adapters their two factors) decay, the last matching rule overrides.
 
-    rules: sequence of sections of `_rule`; a regular expression that matches nothing is an error.
+    rules: sequence of sections of `_rule`; a regular expression that matches nothing is an error. Scanned layers that differ have
+    an array, which is broadcast over the parameter.
     """
-    names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
-    values = {n: [1.0, decay if re.search(r"kernel(/down|/up)?$", n) else 0.0] for n in names}
+    shapes = {name_of(path): tuple(p.shape) for path, p in jax.tree.leaves_with_path(params)}
+    numbers = layer_numbers(shapes)
+    values = {n: [1.0, decay if re.search(r"kernel(/down|/up)?$", n) else 0.0] for n in shapes}
     for i, rule in enumerate(rules):
-        rule = config.check(_rule, rule, f"{where}.rules[{i}]")
+        here = f"{where}.rules[{i}]"
+        rule = {k: p.default for k, p in config.arguments(_rule).items()} | config.check(_rule, rule, here)
         try:
-            hit = [n for n in names if re.search(rule["match"], n)]
+            hit = [n for n in shapes if re.search(rule["match"], n)]
         except re.error as error:
-            raise ConfigError(f"{where}.rules[{i}].match = {rule['match']!r} is not a regular expression: {error}") from None
+            raise ConfigError(f"{here}.match = {rule['match']!r} is not a regular expression: {error}") from None
         if not hit:
-            raise ConfigError(f"{where}.rules[{i}].match = {rule['match']!r} matches no parameter; parameters: {', '.join(names)}")
+            raise ConfigError(f"{here}.match = {rule['match']!r} matches no parameter; parameters: {', '.join(shapes)}")
+        _check_layers(rule, hit, numbers, here)
         for n in hit:
-            values[n] = [old if rule.get(k) is None else rule[k] for k, old in zip(("rate", "decay"), values[n])]
+            values[n] = [_ruled(rule, key, old, numbers.get(n), len(shapes[n])) for key, old in zip(("rate", "decay"), values[n])]
     pick = lambda i: jax.tree.map_with_path(lambda path, _: values[name_of(path)][i], params)  # noqa: E731
     return pick(0), pick(1)
+
+
+def _check_layers(rule, hit, numbers, where: str):
+    """ConfigError where a rule speaks of layers and finds parameters that are in none, or no such layer."""
+    if rule["layer_decay"] is not None and not 0 < rule["layer_decay"] <= 1:
+        raise ConfigError(f"{where}.layer_decay = {rule['layer_decay']} should lie in (0, 1]")
+    if rule["layer_decay"] is None and not rule["layers"]:
+        return
+    if outside := [n for n in hit if n not in numbers]:
+        raise ConfigError(f"{where}.match = {rule['match']!r} finds {outside[0]}, which belongs to no layer, as layer_decay and layers need")
+    depth = max(numbers[n][1] for n in hit)
+    if wrong := [k for k in rule["layers"] if k not in range(depth)]:
+        raise ConfigError(f"{where}.layers = {tuple(rule['layers'])}: {wrong[0]!r} is no layer; valid: 0 to {depth - 1}")
+
+
+def _ruled(rule, key: str, old, number, rank: int):
+    """What a rule makes of one parameter's rate or decay: a number, or an array with one for each scanned layer."""
+    new = rule[key]
+    if new is None and (key != "rate" or rule["layer_decay"] is None):
+        return old
+    if number is None or (rule["layer_decay"] is None and not rule["layers"]):
+        return new
+    at, depth = np.asarray(number[0]), number[1]
+    if key == "rate" and rule["layer_decay"] is not None:
+        new = (1.0 if new is None else new) * rule["layer_decay"] ** (depth - 1.0 - at)
+    if rule["layers"]:
+        new = np.where(np.isin(at, rule["layers"]), new, np.ravel(old) if np.ndim(old) else old)
+    if np.ndim(new) == 0:
+        return float(new)
+    return float(new[0]) if (new == new[0]).all() else new.astype(np.float32).reshape(-1, *(1,) * (rank - 1))
+
+
+def described(section, params, where: str = "optimizer") -> dict[str, str]:
+    """What the rules of an optimizer's section do to parameters shaped like `params`, for the card: {} where they do nothing."""
+    *_, common = _sections(section, where)
+    rates, _ = per_parameter(params, common["rules"], common["decay"], where)
+    groups: dict[str, list] = {}
+    for (path, p), rate in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(rates), strict=True):
+        each = ", ".join(f"{r:.4g}" for r in np.ravel(rate))
+        groups.setdefault("frozen" if np.all(rate == 0) else f"rate x {each}", []).append((name_of(path), int(np.prod(p.shape))))
+    if [*groups] == ["rate x 1"]:
+        return {}
+    some = lambda found: ", ".join(n for n, _ in found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")  # noqa: E731
+    return {k: f"{sum(n for _, n in found):,} parameters: {some(found)}" for k, found in groups.items()}
 
 
 def _common(schedule, clip: float = 0.0, decay: float = 0.0, rules: Sequence = ()):
@@ -167,7 +221,7 @@ def build(section, params, steps: int, where: str = "optimizer", every: int = 1)
     """(optax transformation, schedule) for parameters shaped like `params` (arrays or ShapeDtypeStructs).
 
     Keys: name, the settings of the optimizer, and those of `_common`. A rule with rate 0 freezes a parameter and keeps no
-    optimizer state for it. A role that moves on every `every`-th of the run's `steps` gets a schedule over its own steps.
+    optimizer state for it (some of its scanned layers: it does, and they count for the clip). A role that moves on every `every`-th of the run's `steps` gets a schedule over its own steps.
     """
     schedule = schedule_of(section, -(-steps // every), where)
     name, settings, common = _sections(section, where)
@@ -176,7 +230,7 @@ def build(section, params, steps: int, where: str = "optimizer", every: int = 1)
     rates, decays = per_parameter(params, common["rules"], common["decay"], where)
 
     def decouple(updates, state, params=None):
-        return jax.tree.map(lambda u, p, d: u + d * p if d else u, updates, params, decays), state
+        return jax.tree.map(lambda u, p, d: u + d * p if np.any(d) else u, updates, params, decays), state
 
     def scale(updates, state, params=None):
         return jax.tree.map(lambda u, r: r * u, updates, rates), state
@@ -185,8 +239,8 @@ def build(section, params, steps: int, where: str = "optimizer", every: int = 1)
     clipping = [optax.clip_by_global_norm(clip)] if clip else []
     parts = [*clipping, method, optax.GradientTransformation(empty, decouple), optax.GradientTransformation(empty, scale)]
     chain = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
-    if any(r == 0 for r in jax.tree.leaves(rates)):
-        labels = jax.tree.map(lambda r: "frozen" if r == 0 else "trained", rates)
+    if any(np.ndim(r) == 0 and r == 0 for r in jax.tree.leaves(rates)):
+        labels = jax.tree.map(lambda r: "frozen" if np.ndim(r) == 0 and r == 0 else "trained", rates)
         # Inside the partition frozen leaves are masked out, so the per-leaf trees must be masked the same way.
         rates, decays = (jax.tree.map(lambda v, l: v if l == "trained" else optax.MaskedNode(), t, labels) for t in (rates, decays))
         chain = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)

@@ -17,6 +17,7 @@ from flowjax import models, paths, predictions
 from flowjax.config import ConfigError, bind, build, lookup
 from flowjax.models import tiling, vae
 from flowjax.train import lora as lora_lib
+from flowjax.train.inversion import Inversion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +74,16 @@ class Role:
     prediction: str | None = None
     scaling: Callable | None = None
     latents: Mapping[str, Any] | None = None
-    lora: lora_lib.Lora | None = None
+    lora: lora_lib.Lora | Inversion | None = None
 
     def whole(self, params, base=None):
         """The network's parameters, whose trained ones are `params`: these, or those of `base` with the adapter `params` in
         them."""
-        return params if self.lora is None else lora_lib.merge(base, [(params, self.lora.scale, 1.0)])
+        return params if self.lora is None else lora_lib.merge(base, [(params, lora_lib.scale_of(self.lora), 1.0)])
 
     def trained(self, key, boxed, where: str = "lora"):
         """What is trained of these boxed parameters: all, or a fresh adapter of them."""
-        return boxed if self.lora is None else self.lora.init(key, boxed, where)
+        return boxed if self.lora is None else self.lora.fresh(key, boxed, where)
 
     def net(self, params):
         """The callable of this role: a Model, a Latents codec or a Bound module."""
@@ -101,6 +102,8 @@ class Role:
             variables = self.module.init(key, x, key)
         elif self.module.kind in ("discriminator", "perceptual", "image_encoder"):
             variables = self.module.init(key, x)
+        elif self.module.kind == "language_model":
+            variables = self.module.init(key, x.astype(jnp.int32))
         elif self.module.kind == "text_encoder":
             variables = self.module.init(key, cond["tokens"])
         elif self.module.kind in ("two_tower", "reward"):
