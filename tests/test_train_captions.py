@@ -116,5 +116,5 @@ def test_another_padding_than_the_text_encoders_is_refused(captioned, tmp_path):
 
     words = {"name": "file", "path": str(make_file(tmp_path / "t.json", ("0", "[END]", "1", "2", "[PAD]"))), "length": 6}
     run(captioned | {"text": words})
-    with pytest.raises(ConfigError, match="text.pad = 1, but a text encoder that is trained here takes token 0"):
+    with pytest.raises(ConfigError, match="text.pad = 1, but what is trained here on text takes token 0"):
         run(captioned | {"text": words | {"pad": 1}})

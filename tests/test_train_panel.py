@@ -86,7 +86,7 @@ def test_what_is_measured_is_what_it_says(this):
     section = this.config["panel"]
     sample = this.sampler(section | {"negative": ""})
     label = np.arange(40) % 10
-    x = generate.run(sample, state.ema["ema"], {"label": label}, 40, batch=7)  # in other batches
+    x = generate.run(sample, this.drawing(state.ema["ema"]), {"label": label}, 40, batch=7)  # in other batches
     assert found["panel/symmetry"] == pytest.approx(judged.reward("symmetry", image.quantise(x), label).mean(), abs=2e-3)
     assert found["panel/ink/sd"] == pytest.approx(judged.reward("ink", image.quantise(x), label).std(), rel=0.05)
     within = [np.sqrt(x[label == k].var(0, ddof=1)).mean() for k in range(10)]
@@ -129,7 +129,7 @@ def test_plain_errors(this, config):
         ({"metrics": ["fid"]}, "panel.metrics: 'fid' is unknown; valid: agreement, frechet, kid"),
         ({"metrics": ["frechet", "frechet"]}, "measure something twice: frechet/pixels, frechet/pixels"),
         ({"rewards": ["beauty"]}, "panel.rewards = 'beauty' is unknown"), ({"sampler": "huen"}, "'huen' is unknown"),
-        ({"rewards": ["agreement"]}, "'agreement' needs roles.reward.checkpoint"), ({"noise": 0.0}, "panel.noise = 0.0 should be positive"),
+        ({"rewards": ["agreement"]}, "'agreement' asks a classifier: roles.reward.checkpoint"), ({"noise": 0.0}, "panel.noise = 0.0 should be positive"),
         ({"steps": 1}, "panel.steps = 1 should be at least 2"),
     ]:  # fmt: skip
         other = copy.copy(this)

@@ -128,8 +128,9 @@ def array_record(split: str, path: str, size: tuple = ()) -> Source:
     reader = records.Records(path, split, tuple(size))
     whole = reader.manifest
     kept = {k: whole[k] for k in ("name", "dtype", "num_classes", "class_names", "captions", "content_hash")}
-    ranks = {"ranks": whole["image_shape"][0]} if "ranked" in whole["features"] else {}
-    shape = whole["image_shape"][len(ranks) :]
+    shape, ranks = whole["image_shape"], {}  # no shape, where captions are all there is
+    if "ranked" in whole["features"]:
+        shape, ranks = shape[1:], {"ranks": shape[0]}
     place = {"split": split, "count": len(reader), "shape": shape, "path": str(path)} | ranks
     manifest = kept | place | {"columns": list(whole["features"])}
     if stored := {k: whole["features"][k]["shape"] for k in ("text", "pooled") if k in whole["features"]}:
