@@ -318,7 +318,7 @@ def test_exit_codes_and_plain_messages(tmp_path):
         "unknown": (["--config.optimizer={'name': 'sgd', 'momentun': 3, 'schedule': 'constant'}"], 2, "error: optimizer.momentun is unknown for sgd; valid: schedule, "),
         "misspelt": (["--config.model.widht=3"], 2, "error: model.widht is unknown; valid: width, depth"),
         "section": (["--config.modle.width=3"], 2, "error: a --config.section.key flag needs that section in the config"),
-        "type": (["--config.model.width=wide"], 1, "flag --config.model.width=wide: invalid literal for int"),
+        "type": (["--config.model.width=wide"], 2, "error: flag --config.model.width=wide: invalid literal for int"),
         "stray": (["steps=3"], 2, "error: unexpected argument 'steps=3'; settings are given as --flag=value"),
         "processes": (["--processes=2"], 2, "mean something only together with --coordinator"),
         "auto": (["--coordinator=auto"], 2, "error: --coordinator=auto: neither a TPU pod, nor GKE, SLURM or Open MPI was found here"),
