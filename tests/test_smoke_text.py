@@ -169,8 +169,8 @@ def test_a_reward_of_captions(shell, emoji, pixel):
     train = ("experiments.train", f"--config={ROOT}/configs/emoji_reward.py:smoke:red,{emoji}", "--config.roles.net.checkpoint=judge")
     shell(*train, "--workdir=reward")
     check_workdir(shell.home / "reward", drawn=False)
-    assert "16 pairs in by_model" in shell(*prefer, "--reward=model", "--reward_checkpoint=reward", "--out=by_model")
-    found = records.Records(shell.home / "by_model", "train").read(range(16))
+    assert "16 pairs in judged" in shell(*prefer, "--reward=model", "--reward_checkpoint=reward", "--out=judged")
+    found = records.Records(shell.home / "judged", "train").read(range(16))
     assert found["caption"] == ["red heart"] * 8 + ["a cat face"] * 8 and found["win"].shape == (16, 64, 64, 3)
 
 
