@@ -197,7 +197,7 @@ def test_binary_refuses(given, message):
 
 @pytest.mark.slow
 def test_binary_refuses_an_unknown_flag():
-    assert "repeat" in binary(CONFIG, "--repeat=3", code=1)
+    assert "repeat" in binary(CONFIG, "--repeat=3", code=2)
 
 
 # --- the PyTorch side
