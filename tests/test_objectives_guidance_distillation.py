@@ -200,6 +200,7 @@ SAMPLE = {"steps": 1, "sampler": "euler", "count": 4, "guidance": {"name": "embe
 def info_of(**changes):
     return {
         "model": DIT, "path": {"name": "rectified"}, "prediction": "velocity", "shape": [8, 8, 1], "num_classes": 10, "conditions": {"label": []},
+        "step": 0, "weights": "ema",
     } | changes  # fmt: skip
 
 
