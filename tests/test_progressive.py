@@ -19,13 +19,15 @@ def driver(tmp_path, monkeypatch):
     def run(steps, stop_in=None):
         asked = []
 
-        def train(config, workdir):
+        def train(config, workdir, stop):
             n = config["objective"]["steps"]
             assert workdir == tmp_path / str(n) and config["sample"]["steps"] == n
             assert {config["roles"][k]["checkpoint"] for k in ("teacher", "net")} == {config["roles"]["teacher"]["checkpoint"]}
             if done.get(n) != 9:
                 asked.append((n, config["roles"]["teacher"]["checkpoint"], "guidance" in config["objective"]))
             done[n] = 4 if n == stop_in else 9
+            if n == stop_in:
+                stop.set()
             return done[n]
 
         monkeypatch.setattr(loop, "run", train)
