@@ -135,11 +135,11 @@ def plan(run, chip, what: str = "step", save_text: str = "") -> dict:
 
 
 def unsplit(run) -> dict:
-    """Kernels of the trained networks that fsdp does not split, because it divides none of their dimensions: they lie whole on each
-    of its devices. "parameters": all that are not split, biases and norms too."""
+    """Kernels of the trained networks that fsdp does not split, because it divides none of their dimensions that a rule splits: they lie
+    whole on each of its devices. "parameters": all that are not split, biases and norms too."""
     rows = [(name, leaf) for name, leaf in _parameters(run) if run.mesh.shape["fsdp"] > 1 and "fsdp" not in _split(leaf)]
     total = sum(leaf.size for _, leaf in _parameters(run))
-    large = {name: list(leaf.shape) for name, leaf in rows if leaf.ndim > 1 and leaf.size > 1e-3 * total}
+    large = {name: list(leaf.shape) for name, leaf in rows if name.endswith(("kernel", "embedding")) and leaf.size > 1e-3 * total}
     return {"parameters": sum(leaf.size for _, leaf in rows), "of": total, "kernels": large}
 
 
@@ -256,7 +256,7 @@ def report(found: dict, what: str) -> str:
     if kernels := found.get("unsplit", {}).get("kernels"):
         names = "; ".join(f"{name} {tuple(shape)}" for name, shape in kernels.items())
         share = found["unsplit"]["parameters"] / found["unsplit"]["of"]
-        lines.append(f"  whole on every device, {100 * share:.1f} % of the parameters: fsdp {found['mesh']['fsdp']} divides no dimension of {names}")
+        lines.append(f"  whole on every device, {100 * share:.1f} % of the parameters: fsdp {found['mesh']['fsdp']} divides no dimension that a rule splits of {names}")
     if names := found.get("reduced whole"):
         lines.append(f"  all-reduced whole over fsdp, {_gib(sum(names.values()))} a step: {', '.join(names)}")
     if line := found.get("roofline"):
