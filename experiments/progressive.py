@@ -6,14 +6,10 @@ The student of N steps is trained in workdir/N from that of 2 N (the first from 
 command goes on where it was stopped.
 """
 
-import copy
-import threading
-
 from absl import flags
 from ml_collections import config_flags
 
 from experiments import shell
-from flowjax.config import ConfigError, keywords
 from flowjax.train import runtime
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new_attributes=True)
@@ -23,42 +19,11 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs.", required=T
 flags.mark_flag_as_required("config")
 
 
-def halvings(steps: list[str]) -> list[int]:
-    """The numbers of steps; ConfigError unless each is half of the one before."""
-    if not steps or not all(n.isdigit() and int(n) for n in steps):
-        raise ConfigError(f"--steps={','.join(steps)} should be numbers of steps")
-    counts = [int(n) for n in steps]
-    if wrong := [(n, m) for n, m in zip(counts, counts[1:]) if n != 2 * m]:
-        raise ConfigError(f"--steps={','.join(steps)}: {wrong[0][1]} is not half of {wrong[0][0]}")
-    return counts
-
-
-def stage(base: dict, steps: int, teacher: str, first: bool) -> dict:
-    """The config of one student."""
-    config = copy.deepcopy(base)
-    config["objective"] = keywords(config["objective"]) | {"steps": steps}
-    if not first:  # the students before are guided already
-        config["objective"].pop("guidance", None)
-    for role in ("teacher", "net"):
-        config["roles"][role] = {**config["roles"].get(role, {}), "checkpoint": teacher}
-    config["sample"] |= {"steps": steps}
-    return config
-
-
 def main():
     runtime.setup()
-    from flowjax.train import files, loop, settings
+    from flowjax.train import progressive
 
-    base = settings.resolve(CONFIG.value)
-    if keywords(base["objective"])["name"] != "progressive_distillation":
-        raise ConfigError(f"--config has objective {base['objective']!r}, not progressive_distillation")
-    counts, teacher = halvings(STEPS.value), TEACHER.value
-    for n in counts:
-        workdir, stop = files.path(WORKDIR.value) / str(n), threading.Event()
-        loop.run(stage(base, n, teacher, n == counts[0]), workdir, stop)
-        if stop.is_set():
-            return 0
-        teacher = str(workdir)
+    progressive.run(CONFIG.value, TEACHER.value, STEPS.value, WORKDIR.value)
     return 0
 
 

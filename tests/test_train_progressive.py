@@ -1,12 +1,9 @@
 """The driver of progressive distillation: which stages it runs, from whom, and where it goes on."""
 
-import types
-
 import pytest
 
-from experiments import progressive
 from flowjax.config import ConfigError
-from flowjax.train import loop, runtime
+from flowjax.train import loop, progressive
 from train_runs import tiny
 
 
@@ -31,12 +28,9 @@ def driver(tmp_path, monkeypatch):
             return done[n]
 
         monkeypatch.setattr(loop, "run", train)
-        for name, value in (("CONFIG", base), ("STEPS", steps.split(",")), ("TEACHER", "T"), ("WORKDIR", str(tmp_path))):
-            monkeypatch.setattr(progressive, name, types.SimpleNamespace(value=value))
-        assert progressive.main() == 0
+        progressive.run(base, "T", steps.split(","), tmp_path)
         return asked
 
-    monkeypatch.setattr(runtime, "setup", lambda: None)
     return run
 
 
