@@ -1,7 +1,7 @@
 """What a reward buys and what it costs: Flow-GRPO, ReFL, DRaFT, DiffusionNFT, DPO and online DPO on the digits, at equal divergence.
 
     python -m experiments.study rewards
-    python -m experiments.study rewards --tiny --seeds=1 --runs=/tmp/tiny     # a few steps of each, to see that all of it works
+    python -m experiments.study rewards --tiny --seeds=1 --runs=runs/tiny     # a few steps of each, to see that all of it works
 
 Every run starts from the digits teacher and is asked for more ink. The panel (flowjax.train.panel) measures 400 unguided samples every few
 steps, of which the curves are made; variants are run with seed 0 alone.

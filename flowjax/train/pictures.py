@@ -60,6 +60,7 @@ def curves(rows, path):
     """Plot every metric of metrics.jsonl rows over the step, one panel each; of the clock, goodput alone."""
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("step", "wall")]
     names = [k for k in names if not k.startswith("seconds/") and any(isinstance(row.get(k), (int, float)) for row in rows)]
+    names.sort(key=lambda name: name.startswith("panel/"))  # which is measured before the first step, and still comes last
     if not names:
         return
     columns = min(3, len(names))
