@@ -223,5 +223,7 @@ def test_posttraining_asks_it():
         rewards.score("model", X)
     with pytest.raises(ConfigError, match="'agreement' asks a classifier, and the network that is given is a reward"):
         rewards.score("agreement", X, cond["label"], judge)
-    for name in ("flow_grpo", "reward_feedback", "diffusion_nft"):
-        assert "reward" in objectives.OBJECTIVES[name].kinds["reward"]
+    asking = {name for name, objective in objectives.OBJECTIVES.items() if "reward" in objective.roles}
+    assert {"flow_grpo", "reward_feedback", "diffusion_nft", "online_dpo", "stepwise_preference"} <= asking
+    for name in asking:
+        assert {*objectives.OBJECTIVES[name].kinds["reward"]} == {"classifier", "reward"}

@@ -10,7 +10,7 @@ from flowjax import rewards, samplers, times
 from flowjax.config import ConfigError, keywords
 from flowjax.objectives.base import mean_dims
 
-JUDGES = ("classifier", "reward")  # what roles.reward may be
+JUDGES = tuple(rewards.JUDGES.values())  # what roles.reward may be
 
 
 def check(size: int, n: int):

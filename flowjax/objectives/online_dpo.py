@@ -26,5 +26,5 @@ def rollout(nets, batch, key, *, reward, group: int = 8, steps: int = 10, sample
 
 
 OBJECTIVE = Objective(
-    {**dpo.ROLES, "reward": "optional"}, (Player("net", dpo.loss),), rollout, {"reward": "classifier"}, pixels=True,
+    {**dpo.ROLES, "reward": "optional"}, (Player("net", dpo.loss),), rollout, {"reward": groups.JUDGES}, pixels=True,
 )  # fmt: skip

@@ -82,5 +82,5 @@ def loss(nets, batch, key, *, noise: float = 0.7, beta: float = 10.0, link: str 
 
 
 OBJECTIVE = Objective(
-    {**dpo.ROLES, "reward": "optional"}, (Player("net", loss),), rollout, {"reward": "classifier"}, pixels=True,
+    {**dpo.ROLES, "reward": "optional"}, (Player("net", loss),), rollout, {"reward": groups.JUDGES}, pixels=True,
 )  # fmt: skip
