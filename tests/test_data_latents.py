@@ -209,7 +209,8 @@ def test_a_run_on_latents_is_the_run_that_encodes(made, tmp_path):
     assert list((tmp_path / "cached" / "samples").glob("*.png"))
     assert stored(tmp_path / "cached", 2)["frozen"] == {} and [*stored(tmp_path / "online", 2)["frozen"]] == ["vae"]
     export.export(tmp_path / "cached", tmp_path / "alone", weights="params")
-    assert export.companion(tmp_path / "alone", export.info_of(tmp_path / "alone"), "vae").decode(np.zeros((1, 4, 4, 2))).shape == (1, 8, 8, 1)
+    role, params, _ = export.companion_of(tmp_path / "alone", export.info_of(tmp_path / "alone"), "vae", "vae")
+    assert role.net(params).decode(np.zeros((1, 4, 4, 2))).shape == (1, 8, 8, 1)
     assert export.info_of(tmp_path / "alone")["data"]["latents"]["section"] == {"name": "digits"}
 
 

@@ -130,7 +130,8 @@ def test_latents(autoencoder, tmp_path):
     assert list((tmp_path / "run" / "samples").glob("*.png"))
     export.export(tmp_path / "run", tmp_path / "run" / "export")
     out = tmp_path / "run" / "export"
-    assert export.companion(out, export.info_of(out), "vae").encode(np.zeros((1, 8, 8, 1))).shape == (1, 4, 4, 2)
+    role, params, _ = export.companion_of(out, export.info_of(out), "vae", "vae")
+    assert role.net(params).encode(np.zeros((1, 8, 8, 1))).shape == (1, 4, 4, 2)
     # The autoencoder that it was trained with, and no other: neither beside the run nor left over from another export.
     role, params, info = export.load(autoencoder)
     export.write(tmp_path / "other", jax.tree.map(lambda p: p * 1.01, params), info)
@@ -141,7 +142,7 @@ def test_latents(autoencoder, tmp_path):
         export.export(tmp_path / "run", tmp_path / "again")
     assert not (tmp_path / "again").exists()
     export.export(autoencoder, out)
-    assert export.companion(out, export.info_of(out), "vae") is None
+    assert export.companion_of(out, export.info_of(out), "vae", "vae") is None
 
 
 # --- the mesh itself

@@ -171,12 +171,6 @@ def companion_of(path, info, name: str, where: str):
     return role, params, its_info
 
 
-def companion(path, info, name: str, where: str = "checkpoint"):
-    """The callable of the frozen role `name` that a network works with ("vae": Latents, "text": a text encoder), or None."""
-    found = companion_of(path, info, name, f"{where}: {name}")
-    return found and found[0].net(local(found[1]))
-
-
 def tokenizer_of(path, info):
     """The tokenizer of the network's captions; ConfigError where it has none."""
     from flowjax.data import text
