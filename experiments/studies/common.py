@@ -76,10 +76,9 @@ def binary(module: str, *arguments: str, codes=(0,)):
 
 @functools.lru_cache(maxsize=2)
 def _real(data: str):
-    from flowjax.data.pipeline import arrays
+    from flowjax.evals import evaluate
 
-    part = lambda split: arrays(json.loads(data), split)  # noqa: E731
-    return {k: {"x": p["x"], "label": p["cond"]["label"]} for k, p in (("train", part("train")), ("test", part("test")))}
+    return evaluate.real(json.loads(data), {}, {"train_split": "train", "test_split": "test"})
 
 
 def measure(
