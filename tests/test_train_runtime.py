@@ -1,10 +1,16 @@
 """Which process of which job this is: flags, environment, and what is refused."""
 
+import pathlib
+import platform
+import subprocess
+import sys
+
 import pytest
 
 from flowjax.config import ConfigError
 from flowjax.train import runtime
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 WHOLE = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
 
 
@@ -55,3 +61,31 @@ def test_what_is_no_job(flags, environment, said):
 def test_a_heartbeat_takes_time():
     with pytest.raises(ConfigError, match="--heartbeat = 0 should be at least 1 second"):
         runtime.setup(heartbeat=0)
+
+
+FAULTS = """
+import resource
+import jax
+from flowjax.train import runtime
+
+if {setup}:
+    runtime.setup()
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, v: v[::-1] + v.T, x))
+x = jax.numpy.ones((4096, 4096))  # 64 MiB, as is every sum
+for _ in range(10):  # the first ones grow the heap
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is of glibc's malloc")
+def test_a_step_on_a_cpu_reuses_its_memory():
+    """A program that allocates two arrays of 64 MiB at each call asks the kernel for their pages at each call, unless malloc keeps them."""
+
+    def faults(setup):
+        run = subprocess.run([sys.executable, "-c", FAULTS.format(setup=setup)], capture_output=True, text=True, check=True, cwd=ROOT)
+        return int(run.stdout)
+
+    assert faults(False) >= 2**15  # pages of 4 KiB
+    assert faults(True) < 100

@@ -225,19 +225,19 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def reference():
+def reference(asked: str = "--vs=torch"):
     """The module tools.torch_reference with as many threads as we have; ConfigError where PyTorch or a fair setting is missing."""
     try:
         import torch
     except ImportError:
-        raise ConfigError("--vs=torch needs PyTorch, which is not installed; the extra `oracle` has it: pip install -e .[oracle]") from None
+        raise ConfigError(f"{asked} needs PyTorch, which is not installed; the extra `oracle` has it: pip install -e .[oracle]") from None
     from tools import torch_reference
 
     if jax.device_count() > 1:
-        raise ConfigError(f"--vs=torch compares on one device, and there are {jax.device_count()}")
+        raise ConfigError(f"{asked} compares on one device, and there are {jax.device_count()}")
     if (jax.default_backend() == "gpu") != torch.cuda.is_available():
         here, there = jax.default_backend(), "gpu" if torch.cuda.is_available() else "cpu"
-        raise ConfigError(f"--vs=torch: jax runs on the {here} and torch on the {there}; install the same kind of both")
+        raise ConfigError(f"{asked}: jax runs on the {here} and torch on the {there}; install the same kind of both")
     torch.set_num_threads(threads())
     return torch_reference
 
