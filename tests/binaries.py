@@ -6,6 +6,7 @@ them takes longer than most of these runs.
 
 import atexit
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -16,7 +17,10 @@ import time
 from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LIBRARIES = ("jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensorflow_datasets", "matplotlib.figure", "scipy.stats", "sklearn.svm")
+LIBRARIES = (
+    "jax", "jax.numpy", "flax.linen", "optax", "orbax.checkpoint", "grain", "tensorflow_datasets", "matplotlib.figure",
+    "matplotlib.backends.backend_agg", "scipy.stats", "scipy.optimize", "sklearn.svm", "PIL.Image", "flowjax.train.loop", "flowjax.evals.evaluate",
+)  # fmt: skip
 
 
 @functools.cache
@@ -31,6 +35,7 @@ def _forkserver():
 
 def _binary(module, flags, home, env, said):
     """`python -m module *flags` in this process, which is done with afterwards."""
+    gc.set_threshold(100_000, 50, 50)  # as in conftest.py
     os.chdir(home)
     os.environ.clear()
     os.environ.update(env)

@@ -1,5 +1,6 @@
 """Test environment: CPU, eight simulated devices, a compile cache that outlives the run. Set before jax is imported."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -15,9 +16,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # is for the few that run long.
 flags = "--xla_backend_optimization_level=0"
 # The older way of writing fusions compiles transformers in half the time; XLA refuses flags that it does not know, and jax 0.11's lost this one.
+# Cut in parts that threads compile, a program takes a sixth more of them in all, and the workers keep the cores busy already.
 if importlib.metadata.version("jax").startswith("0.10."):
-    flags += " --xla_cpu_use_fusion_emitters=false"
+    flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+
+gc.set_threshold(100_000, 50, 50)  # tracing makes many objects and few cycles: a sixth of its time
 
 import pytest  # noqa: E402
 

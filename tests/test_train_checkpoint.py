@@ -172,8 +172,10 @@ def test_fingerprints_see_every_element(dtype):
     assert checkpoint.fingerprints([jnp.float32(0.0)]) != checkpoint.fingerprints([jnp.float32(-0.0)])
 
 
-def test_fingerprints_do_not_depend_on_the_sharding():
-    x = jax.random.normal(jax.random.key(0), (8, 16))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_fingerprints_do_not_depend_on_the_sharding(dtype):
+    """Of an array that is whole on one CPU, NumPy computes them; of one in shards, the devices."""
+    x = (100 * jax.random.uniform(jax.random.key(0), (8, 16))).astype(dtype)
     want = checkpoint.fingerprints({"a": x})
     for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
         mesh = mesh_lib.make_mesh(*sizes)

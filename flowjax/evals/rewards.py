@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy import optimize, special
 
 from flowjax import rewards
 from flowjax.config import ConfigError
@@ -94,6 +93,8 @@ def calibration(differences, bins: int = 10) -> dict:
     log_loss   -log sigmoid(difference), mean
     accuracy   share that is right; ties count half
     """
+    from scipy import optimize, special  # half a second, which no training run should take
+
     d = np.asarray(differences, np.float64)
     p, right = special.expit(np.abs(d)), 0.5 + 0.5 * np.sign(d)
     which = np.minimum((2 * p - 1) * bins, bins - 1).astype(int)
