@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import conditions, generate, objectives
-from flowjax.config import ConfigError, bind, keywords, lookup
+from flowjax.config import ConfigError, keywords
 from flowjax.data import text as text_lib
 from flowjax.data.pipeline import pipeline
 from flowjax.data.sources import MARK
 from flowjax.models import layers, sharding
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
-from flowjax.train import checkpoint, ema, export, files, generator, inversion, lora, optim, settings
+from flowjax.train import checkpoint, checks, ema, export, files, generator, inversion, lora, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
-from flowjax.train.roles import build_role, domain, same_domain, same_shapes
+from flowjax.train.roles import build_role, same_shapes
 
 # Frozen networks that stand between the data and any objective's networks: images -> latents, tokens -> embeddings.
 CODECS = ("vae", "text")
@@ -82,18 +82,6 @@ def _several(kinds) -> tuple[str, ...]:
     return (kinds,) if isinstance(kinds, str) else tuple(kinds or ())
 
 
-def check_evaluation(section):
-    """ConfigError where config.evaluate names what does not exist: found before the training, not after it."""
-    from flowjax.evals import agreement, evaluate, features, protocol
-
-    for metric in section["metrics"]:
-        bind(evaluate.METRICS, metric, "evaluate.metrics", ("sets",))
-    for network in section["features"]:
-        bind(features.FEATURES, network, "evaluate.features", ("images", "labels", "cache"))
-    bind(agreement.JUDGES, section["judge"], "evaluate.judge", ("images", "labels"))
-    lookup(protocol.LABEL_RULES, section["labels"], "evaluate.labels")
-
-
 class Run:
     """Everything of a run that is built once; `flowjax.train.loop` is the loop over it."""
 
@@ -101,16 +89,11 @@ class Run:
         """devices: those of the mesh, by default all of this job; others, of a machine that is not here, allow compiling only.
         data: stands in for the pipeline (flowjax.data.pipeline.declared)."""
         self.config = config = settings.resolve(config)
-        check_evaluation(config["evaluate"])
+        checks.evaluation(config["evaluate"])
         self.objective = objectives.build(config["objective"])
         self.mesh = mesh_lib.make_mesh(**config["mesh"], devices=devices)
         self.rules = {**sharding.RULES, **{k: tuple(v) if isinstance(v, list) else v for k, v in config["rules"].items()}}
-        unknown = set(config["rules"]) - set(sharding.RULES)
-        if unknown:
-            raise ConfigError(f"rules.{min(unknown)} is unknown; valid: {', '.join(sharding.RULES)}")
-        for name, axes in self.rules.items():
-            if wrong := {*((axes,) if isinstance(axes, str) else axes or ())} - {*mesh_lib.AXES}:
-                raise ConfigError(f"rules.{name} = {axes!r}: no mesh axis {min(wrong)!r}; valid: {', '.join(mesh_lib.AXES)}, None")
+        checks.rules(config["rules"])
         sections = {p.role: config["roles"].get(p.role) or {} for p in self.objective.players}
         self.every = {p.role: sections[p.role].get("every") or p.every for p in self.objective.players}
         self.updates = {role: section.get("updates", 1) for role, section in sections.items()}
@@ -119,10 +102,7 @@ class Run:
         self.pipeline = data or self.stream("train", config["seed"])
         self.here = {*self.mesh.devices.flat} <= {*jax.devices()}
         self.roles, self.loaded = build_roles(config, self.objective, self._shards if self.here else None)
-        if (self.pipeline.dtype == "int32") != (kind := self.roles["net"].module.kind == "language_model"):
-            raise ConfigError("a language model learns from texts, and the data are none" if kind else "the data are texts, for a language model")
-        if any(r.module.kind in ("denoiser", "reward") for r in self.roles.values()):
-            self._check_classes()
+        checks.classes(self)
         self.encoded, self.embedded = self._encoded(), self._embedded()
         self.tokenizer, self.text = self._prompts()
         for name, role in self.roles.items():
@@ -136,20 +116,13 @@ class Run:
             if self.objective.roles.get(of) != "trained":
                 raise ConfigError(f"ema.{name}.of = {of!r} is not a trained role; valid: {', '.join(self.trained)}")
         self.continued = {k: v for name in self.trained for k, v in self._continued(name).items()}
-        if "z" in self.columns and not self.objective.coupled:
-            raise ConfigError(f"the data are couplings, whose noise objective {config['objective']!r} does not use")
-        if MARK in self.columns and not self.objective.judged:
-            raise ConfigError(f"the data are marked as good and bad ({MARK}), which objective {config['objective']!r} does not look at")
-        if ("prior" in self.pipeline.manifest) != (keywords(config["objective"]).get("prior") is not None):
-            raise ConfigError("data.prior (of a mixture) marks the rows whose weight objective.prior says: give both or none")
-        if "prior" in self.pipeline.manifest and max(self.updates.values()) > 1:
-            raise ConfigError("roles.net.updates > 1 takes slices of a batch, in which the parts of data.prior have other shares; use 1")
+        checks.data(self)
         self.example = self._example()
-        self._check_teachers()
-        self._check_reward()
+        checks.teachers(self)
+        checks.reward(self)
         self._places()
         self.added = {name: self._added(name) for name in self.trained if name in self.loaded}
-        self._check_conditions()
+        checks.captions(self)
 
     @property
     def columns(self):
@@ -167,66 +140,6 @@ class Run:
             self.config["data"], self.config["batch_size"], seed, split=split,
             process_index=jax.process_index(), process_count=jax.process_count(), **options,
         )
-
-    def _check_classes(self):
-        count = getattr(self.roles["net"].module, "num_classes", 0)
-        have = self.pipeline.num_classes
-        if count and have and count != have:
-            raise ConfigError(f"model.num_classes = {count} but the data has {have} classes")
-        if count and not have:
-            raise ConfigError(f"model.num_classes = {count} but the data has no labels; set it to 0")
-
-    def _check_reward(self):
-        """ConfigError where roles.reward was made for other images or conditions than are judged."""
-        if "reward" not in self.loaded:
-            return
-        judge, info = self.roles["reward"].module, self.loaded["reward"][1]
-        have, known = self.pipeline.num_classes, judge.num_classes
-        if have and known != have and (known or judge.kind == "classifier"):
-            raise ConfigError(f"roles.reward knows {known} classes, and the data has {have}")
-        if judge.kind != "reward":
-            return
-        about = {"shape of images": (tuple(info["shape"]), tuple(self.image_shape()))}
-        if self.tokenizer and judge.text:
-            mine = self.pipeline.manifest.get("tokenizer", {}).get("sha256"), self.tokenizer.length
-            about["tokenizer"] = (info["data"].get("tokenizer", {}).get("sha256"), *info["conditions"]["tokens"]), mine
-        for what, (its, ours) in about.items():
-            if its != ours:
-                raise ConfigError(f"roles.reward was trained with another {what} than this run's: {its} is not {ours}")
-
-    def _check_conditions(self):
-        """ConfigError where captions were asked for and no network looks at them, or one that knows fewer tokens or another padding."""
-        for name, role in self.roles.items() if self.tokenizer else ():
-            fields = getattr(role.module, "text_encoder", None) or getattr(role.module, "text", None) or {}
-            vocab = fields.get("vocab") or getattr(role.module, "vocab", None)
-            if (fields or role.module.kind == "language_model") and self.tokenizer.pad:
-                raise ConfigError(f"text.pad = {self.tokenizer.pad}, but what is trained here on text takes token 0 for padding")
-            if vocab and (wrong := text_lib.mismatch(self.tokenizer, vocab, getattr(role.module, "lengths", None))):
-                raise ConfigError(f"{'model' if name == 'net' else f'roles.{name}'}: {wrong}")
-        idle = {*self.example[1]} - {"label"} - self.read - self.objective.conditions.keys()  # of those the objective takes care
-        if ("text" in self.roles or "embedded" in self.pipeline.manifest) and self.read & {"text", "pooled"}:
-            idle -= {"text", "pooled"}  # the encoder gives both, and one may be all that is needed
-        if idle:
-            name, has = keywords(self.config["model"])["name"], ", ".join(sorted(idle))
-            raise ConfigError(f"the data has {has} (data.text, roles.text, or embeddings), but model {name!r} does not use them")
-
-    def _check_teachers(self):
-        """ConfigError where a frozen denoiser, of which the trained one learns, was made for other examples or conditions."""
-        if "perceptual" in self.loaded and (seen := self.loaded["perceptual"][1].get("shape")):
-            if seen[-1] != (mine := self.example[0].shape[-1]):
-                raise ConfigError(f"roles.perceptual looks at {seen[-1]} channels, and the examples of this run have {mine}")
-        asked = {k for k, v in self.objective.roles.items() if v in ("frozen", "optional")}
-        teachers = [k for k, r in self.roles.items() if k in asked and r.module.kind == "denoiser"]
-        if not teachers:
-            return
-        x, cond = self.example
-        mine = domain(self.roles["net"], {
-            "shape": x.shape[1:], "latent_space": self.latent_space, "data": self.pipeline.manifest,
-            "conditions": {k: v for k, v in conditions.shapes_of(cond).items() if k not in self.objective.conditions},
-            "frozen": {k: checkpoint.fingerprint(self.loaded[k][0]) for k in ("text",) if k in self.loaded},
-        })  # fmt: skip
-        for name in teachers:
-            same_domain(domain(self.roles[name], self.loaded[name][1]), mine, f"roles.{name}")
 
     @property
     def latent_space(self) -> str | None:
