@@ -18,7 +18,7 @@ from flowjax.train import runtime
 TINY = flags.DEFINE_bool("tiny", False, "A few steps of tiny networks, whose results go to --runs.")
 
 REWARD = {"ink": 1.0, "upper": 0.0, "symmetry": 0.0}
-BOUND = 6.0  # nats
+BOUND = 12.0  # nats
 GAIN = 2.0  # standard deviations of the reference's samples
 LOST = 2.0  # points of class agreement
 
@@ -48,12 +48,12 @@ def settings(name: str, seed: int, teacher, steps: int, every: int, objective=()
 def methods(seed: int, teacher) -> dict[str, dict]:
     """The settings of one run of every method."""
     data = {"data": {"name": "preferences", "path": str(digits.pairs(seed, teacher, 100 if TINY.value else 1000))}}
-    late, whole = {"steps": 10, "late": 4, "strength": 8.0}, {"steps": 8, "through": 8, "late": 1, "strength": 1.5}
+    late, whole = {"steps": 10, "late": 4, "strength": 8.0}, {"steps": 8, "through": 8, "late": 1, "strength": 1.0}
     return {
         "Flow-GRPO": settings("digits_grpo", seed, teacher, 48, 8, {"beta": 0.3}, 2e-4),
-        "ReFL": settings("digits_refl", seed, teacher, 60, 10, late),
-        "DRaFT": settings("digits_refl", seed, teacher, 40, 8, whole),
-        "DiffusionNFT": settings("digits_nft", seed, teacher, 48, 8),
+        "ReFL": settings("digits_refl", seed, teacher, 48, 6, late, 3e-5),
+        "DRaFT": settings("digits_refl", seed, teacher, 40, 5, whole),
+        "DiffusionNFT": settings("digits_nft", seed, teacher, 48, 8, {"anchor": 0.06}),
         "DPO": settings("digits_dpo", seed, teacher, 150, 25, rate=5e-5, **data),
         "online DPO": settings("digits_online_dpo", seed, teacher, 60, 10),
     }
@@ -70,7 +70,7 @@ def variants(seed: int, teacher) -> dict[str, dict]:
         "Flow-GRPO, no KL, stopped": grpo(80, beta=0.0, stop={"kl": {"above": BOUND}}),
         "Flow-GRPO, groups of 4": grpo(group=4),
         "Flow-GRPO, 2 of 9 steps": grpo(window=2),
-        "ReFL, nothing held": settings("digits_refl", seed, teacher, 60, 10, {"steps": 10, "late": 4, "strength": 8.0, "pretrain": 0.0}),
+        "ReFL, nothing held": settings("digits_refl", seed, teacher, 48, 6, {"steps": 10, "late": 4, "strength": 8.0, "pretrain": 0.0}, 3e-5),
     }
 
 
@@ -85,8 +85,9 @@ def curve(workdir) -> dict[str, np.ndarray]:
 
 
 def within(c, bound: float) -> int:
-    """Number of the row of the highest reward among those whose divergence is within the bound."""
-    return int(np.argmax(np.where(c["kl"] <= bound, c["gain"], -np.inf)))
+    """Number of the row of the highest reward among those whose divergence and loss of class agreement are within their bounds."""
+    kept = (c["kl"] <= bound) & (100 * (c["agreement"] - c["agreement"][0]) >= -LOST)
+    return int(np.argmax(np.where(kept, c["gain"], -np.inf)))
 
 
 def at(c, bound: float) -> float:
@@ -142,10 +143,7 @@ def main():
     best = lambda c: within(c, BOUND)  # noqa: E731
     rows = [[name, *columns(c, best)] for name, c in curves.items()]
     ink = np.concatenate([[c["ink"][0], c["ink/sd"][0]] for cs in curves.values() for c in cs]).reshape(-1, 2).mean(0)
-    passed = {
-        name: [bool(c["gain"][best(c)] >= GAIN and 100 * (c["agreement"][best(c)] - c["agreement"][0]) >= -LOST) for c in cs]
-        for name, cs in curves.items()
-    }  # fmt: skip
+    passed = {name: [bool(c["gain"][best(c)] >= GAIN) for c in cs] for name, cs in curves.items()}
     rates = [win_rate(d, t, s) for s, d, t in zip(seeds, dirs["DPO"], teachers)]
     text = [
         "# Rewards", "",
@@ -153,14 +151,14 @@ def main():
         f"which its samples have {ink[0]:.3f}, with a standard deviation of {ink[1]:.3f} among samples: the unit of the gains. 400 unguided",
         "samples, Heun with 8 steps.",
         "KL: nats, of the trajectories of Flow-GRPO's SDE in 8 steps from the teacher's, an upper bound of that of the samples.", "",
-        f"## The most ink at a KL of at most {BOUND:g} nats", "",
+        f"## The most ink at a KL of at most {BOUND:g} nats and class agreement at most {LOST:g} points lower", "",
         common.table(out("rewards"), ["method", *HEAD], rows), "",
-        f"At least {GAIN:g} standard deviations, with class agreement at most {LOST:g} points lower: "
+        f"At least {GAIN:g} standard deviations: "
         + "; ".join(f"{name} {sum(v)} of {len(v)}" for name, v in passed.items()) + ".",
         f"DPO at its end, 500 fresh comparisons with its reference: win rate {common.spread(rates)} %.", "",
     ]  # fmt: skip
     # --- at equal divergence
-    levels = (1.0, 2.0, 4.0, 8.0)
+    levels = (1.0, 2.0, 4.0, 8.0, 12.0)
     rows = [[name, *(common.spread([at(c, v) for c in cs]) for v in levels)] for name, cs in curves.items()]
     rows += [[f"{name} (one seed)", *(common.spread([at(c, v)]) for v in levels)] for name, c in more.items()]
     rows.append(["no more than (Gaussian rewards)", *(f"{np.sqrt(2 * v):.3g}" for v in levels)])
@@ -181,7 +179,7 @@ def main():
     ]  # fmt: skip
 
     def draw(axes, name, unit, bound=False, scale=1.0):
-        limit = 3 * BOUND
+        limit = 2 * BOUND
         for i, (label, found) in enumerate([*curves.items(), *((k, [c]) for k, c in more.items())]):
             style = {"color": f"C{i % 10}", "ls": "-" if label in curves else "--", "lw": 1.2}
             for j, c in enumerate(found):
