@@ -153,9 +153,9 @@ def test_without_torch(monkeypatch):
 # --- the binary
 
 
-def binary(*given, code=0):
+def binary(*given, code=0, module="tools.bench"):
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "tools.bench", *given]
+    command = [sys.executable, "-m", module, *given]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
@@ -383,3 +383,26 @@ def test_binary_against_torch(reference, tmp_path):
     out = binary(CONFIG, "--vs=torch", "--sampling", "--samplers=euler,heun", "--steps=2", "--batch=4", "--rounds=1", f"--json={file}")
     assert [row["sampler"] for row in json.loads(file.read_text())["sampling"]] == ["euler", "heun"]
     assert "model.rope" in binary(CONFIG, "--config.model.rope=true", "--vs=torch", code=2)
+
+
+@pytest.mark.oracle
+def test_operations_one_by_one_are_the_same_on_both_sides(reference):
+    from tools import operations
+
+    normal = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)  # noqa: E731
+    product = normal(16, 8), normal(8, 32), normal(16, 32)
+    image = normal(2, 6, 6, 4), normal(3, 3, 4, 4), normal(2, 6, 6, 4)
+    layouts = {"forward": (0, 2, 3, 1), "by the input": (0, 2, 3, 1), "by the kernel": (2, 3, 1, 0)}  # of a convolution's results in torch
+    for operation, theirs, arrays in ((jnp.matmul, operations.their_product, product), (operations.convolve, operations.their_convolution, image)):
+        mine, other = operations.ours(operation, *arrays), theirs(reference.torch, *arrays)
+        assert [*mine] == [*other] == [*operations.PARTS]
+        for part in mine:
+            found = other[part]()
+            (want,) = [v for v in found if v is not None] if isinstance(found, tuple) else [found]
+            want = want.numpy().transpose(layouts[part]) if want.ndim == 4 else want.numpy()
+            np.testing.assert_allclose(mine[part](), want, rtol=2e-4, atol=2e-4, err_msg=part)
+
+
+@pytest.mark.slow
+def test_operations_have_to_be_named():
+    assert "name what to measure: --widths=96,384" in binary(module="tools.operations", code=2)
