@@ -1,5 +1,6 @@
 """The studies: every one is listed, compute is counted as it is said to be, distances are those of closed forms."""
 
+import importlib.util
 import pathlib
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from absl import flags
 
 from experiments import study
-from experiments.studies import common, distillation
+from experiments.studies import common, distillation, lifecycle
 from experiments.studies.distilling import claims, methods, parts
 from flowjax import exact, objectives, paths
 from flowjax.train import export
@@ -167,3 +168,22 @@ def test_a_student_has_the_compute_it_is_given(tmp_path, monkeypatch):
     assert name == "distillation/plane/3000/own/0" and half["steps"] == part.budget // 2
     # Three network passes for a step of flow matching; the target's pass makes four, the exact teacher has next to no products.
     assert taught["steps"] == pytest.approx(part.budget * 3 / 4, rel=0.02)
+
+
+def test_a_life_asks_for_stages_and_tools_that_there_are(tmp_path, monkeypatch):
+    """And a shortened life leaves alone what a whole one would go on with."""
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(flags.FLAGS["runs"], "value", str(tmp_path))
+    trained, tools = {}, []
+    monkeypatch.setattr(common, "train", lambda name, settings: trained.setdefault(name, settings_lib.resolve(settings)) and tmp_path / name)
+    monkeypatch.setattr(common, "binary", lambda module, *arguments: tools.append((module, arguments[-1])))
+    stages = [stage for stage, *_ in lifecycle.stages()]
+    assert len(stages) == 8 and len(trained) == 9 and all(importlib.util.find_spec(module) for module, _ in tools)
+    objectives_of = [objectives.build(s["objective"]) for s in trained.values()]
+    assert all({*s["roles"]} <= {*o.roles} for s, o in zip(trained.values(), objectives_of))
+    before, made = {*trained}, {out for _, out in tools}
+    monkeypatch.setattr(flags.FLAGS["shorten"], "value", 0.1)
+    tools.clear()
+    list(lifecycle.stages())
+    assert len(trained) == 2 * len(before) and not made & {out for _, out in tools} and len(tools) == 3
+    assert lifecycle.result("lifecycle").startswith(str(tmp_path))
