@@ -1,8 +1,10 @@
 """The studies: every one is listed, compute is counted as it is said to be, distances are those of closed forms."""
 
+import importlib
 import importlib.util
 import pathlib
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from absl import flags
 
 from experiments import study
-from experiments.studies import common, distillation, lifecycle
+from experiments.studies import common, distillation
 from experiments.studies.distilling import claims, methods, parts
 from flowjax import exact, objectives, paths
 from flowjax.train import export
@@ -174,6 +176,10 @@ def test_a_life_asks_for_stages_and_tools_that_there_are(tmp_path, monkeypatch):
     """And a shortened life leaves alone what a whole one would go on with."""
     flags.FLAGS.mark_as_parsed()
     monkeypatch.setattr(flags.FLAGS["runs"], "value", str(tmp_path))
+    for kind in ("float", "integer", "enum"):  # other binaries have flags of these names too
+        monkeypatch.setattr(flags, f"DEFINE_{kind}", lambda name, default, *a, **k: types.SimpleNamespace(value=default))
+    lifecycle = importlib.import_module("experiments.studies.lifecycle")
+    monkeypatch.delitem(sys.modules, "experiments.studies.lifecycle")
     trained, tools = {}, []
     monkeypatch.setattr(common, "train", lambda name, settings: trained.setdefault(name, settings_lib.resolve(settings)) and tmp_path / name)
     monkeypatch.setattr(common, "binary", lambda module, *arguments: tools.append((module, arguments[-1])))
@@ -182,7 +188,7 @@ def test_a_life_asks_for_stages_and_tools_that_there_are(tmp_path, monkeypatch):
     objectives_of = [objectives.build(s["objective"]) for s in trained.values()]
     assert all({*s["roles"]} <= {*o.roles} for s, o in zip(trained.values(), objectives_of))
     before, made = {*trained}, {out for _, out in tools}
-    monkeypatch.setattr(flags.FLAGS["shorten"], "value", 0.1)
+    lifecycle.SHORTEN.value = 0.1
     tools.clear()
     list(lifecycle.stages())
     assert len(trained) == 2 * len(before) and not made & {out for _, out in tools} and len(tools) == 3
