@@ -153,6 +153,13 @@ def test_what_is_recorded_of_an_edit_can_be_written(given, tmp_path):
     assert json.loads(json.dumps(told)) == sample | {"negative": "", "init": str(tmp_path / "black.png"), "strength": 0.5}
 
 
+def test_the_seed_is_the_runs_own_where_none_is_given(given):
+    given()
+    assert sampling.seed({"config": {"sample": {"seed": 5}}}) == 5
+    given("--seed=0")
+    assert sampling.seed({"config": {"sample": {"seed": 5}}}) == 0
+
+
 def test_two_networks_are_compared_on_the_same_classes(given):
     """One that was trained on half of the classes is asked for these, if nobody says otherwise."""
     from tools import win_rate

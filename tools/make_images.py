@@ -24,7 +24,7 @@ def main():
 
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = sampling.load()
-    seed, chosen = max(0, sampling.SEED.value), sampling.options(info)
+    seed, chosen = sampling.seed(info), sampling.options(info)
     count, cond, prompts = sampling.asked(checkpoint, info, sampling.COUNT.value)
     x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
     said = {k: np.asarray(v) for k, v in cond.items() if k == "label"} | ({"caption": prompts} if prompts else {})

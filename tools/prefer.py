@@ -47,7 +47,7 @@ class Candidates:
             raise ConfigError("--count means nothing here; use --pairs and --candidates")
         self.checkpoint, self.count, self.k = sampling.CHECKPOINT.value, count, k
         self.role, self.params, self.info = sampling.load()
-        self.chosen, self.seed = sampling.options(self.info), max(0, sampling.SEED.value)
+        self.chosen, self.seed = sampling.options(self.info), sampling.seed(self.info)
         _, self.cond, self.prompts = sampling.asked(self.checkpoint, self.info, count)
         self.labels = self.cond.get("label")
         self.classes = self.info["num_classes"] if self.labels is not None else 0

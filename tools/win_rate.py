@@ -32,9 +32,9 @@ def main():
     from flowjax.evals import agreement, image, rewards
     from flowjax.train import export, generator
 
-    seed, count = max(0, sampling.SEED.value), sampling.COUNT.value or 1000
     out, scores = {}, {}
     judge, score, mine = None, judging.scorer(), sampling.load()
+    seed, count = sampling.seed(mine[2]), sampling.COUNT.value or 1000
     loaded = {"against": export.load(AGAINST.value, sampling.WEIGHTS.value), "checkpoint": mine}
     places = {"against": AGAINST.value, "checkpoint": sampling.CHECKPOINT.value}
     wanted = asked({name: (places[name], info) for name, (*_, info) in loaded.items()}, count)
