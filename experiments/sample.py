@@ -60,8 +60,7 @@ def main():
 
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = sampling.load()
-    section = info["config"]["sample"]
-    seed = section["seed"] if sampling.SEED.value < 0 else sampling.SEED.value
+    seed = sampling.seed(info)
     chosen = sampling.options(info)
     count, cond, prompts = sampling.asked(checkpoint, info, sampling.COUNT.value)
     became = []

@@ -48,6 +48,11 @@ def load():
     return role, params, info
 
 
+def seed(info: dict) -> int:
+    """--seed, or the one with which the run of `info` draws its pictures."""
+    return info["config"]["sample"]["seed"] if SEED.value < 0 else SEED.value
+
+
 def adapter(text: str, role, params) -> tuple:
     """(name, tree, Lora, info or None, weight) of one --lora, as export.adapted takes it."""
     from flowjax.interop import lora

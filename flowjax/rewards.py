@@ -114,4 +114,5 @@ def score(section, images, labels=None, judge=None, where: str = "objective.rewa
             raise ConfigError(f"{where}: {name!r} gave shape {each[name].shape} for {len(images)} images; it should be ({len(images)},)")
     if judge is not None and not any("judge" in arguments(REWARDS[name]) for name in asked):
         raise ConfigError(f"roles.reward takes no part in {where} = {section!r}; of the rewards, {' and '.join(map(repr, JUDGES))} ask one")
-    return sum(weight * each[name] for name, weight in asked.items()), each
+    # Those of weight 0 take no part: 0 times what is not a number would not be 0, nor its gradient.
+    return sum(weight * each[name] for name, weight in asked.items() if weight), each

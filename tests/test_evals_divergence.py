@@ -55,6 +55,14 @@ def test_rows_have_noises_of_their_own():
     np.testing.assert_allclose(path_kl(linear(0.1), linear(0.5), begin[2:4], keys[2:4], grid(5, RF)), whole[2:4], rtol=1e-6)
 
 
+def test_what_differs_in_the_last_step_alone_is_not_seen():
+    """It has no noise. So this divergence bounds that of the states before it, and not that of the samples."""
+    at = grid(8, RF)
+    late = lambda before: Model(lambda x_t, t, cond, key: 0.3 * x_t + jnp.where(t < before, 9.0, 0.0)[:, None], RF, "velocity").bind({})  # noqa: E731
+    begin = jax.random.normal(KEY, (5, 2))
+    assert path_kl(late(at[-3]), linear(0.3), begin, KEY, at).max() < 1e-9 < path_kl(late(at[-4]), linear(0.3), begin, KEY, at).min()
+
+
 @pytest.mark.parametrize("path", ["vp_linear", "edm"])
 def test_it_bounds_the_divergence_of_what_is_sampled(path):
     """Exact velocities of N(0, 1) and N(1/2, 1): samples are 1/8 nats apart, their trajectories no less, and of one network not at all."""

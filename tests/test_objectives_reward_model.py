@@ -227,3 +227,20 @@ def test_posttraining_asks_it():
     assert {"flow_grpo", "reward_feedback", "diffusion_nft", "online_dpo", "stepwise_preference"} <= asking
     for name in asking:
         assert {*objectives.OBJECTIVES[name].kinds["reward"]} == {"classifier", "reward"}
+
+
+def test_a_classifier_that_judges_must_look_at_such_images():
+    """As a reward model must; of another size its answers would mean nothing, and a convolution gives them all the same."""
+    from types import SimpleNamespace
+
+    from flowjax.train import checks
+
+    judge = SimpleNamespace(module=SimpleNamespace(kind="classifier", num_classes=10))
+    run = SimpleNamespace(
+        roles={"reward": judge}, loaded={"reward": (None, {"shape": [28, 28, 1]})}, pipeline=SimpleNamespace(num_classes=10),
+        image_shape=lambda: (8, 8, 1), tokenizer=None,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"another shape of images than this run's: \(28, 28, 1\) is not \(8, 8, 1\)"):
+        checks.reward(run)
+    run.image_shape = lambda: (28, 28, 1)
+    checks.reward(run)

@@ -108,6 +108,10 @@ def test_a_killed_process_loses_nothing(session):
             [sys.executable, "-m", "tools.prefer", f"--out={session.folder}", "--port=0"], capture_output=True, text=True, cwd=ROOT
         )
         assert other.returncode == 2 and f"is being used by process {process.pid}" in other.stderr
+        other = subprocess.run(
+            [sys.executable, "-m", "tools.prefer", f"--out={session.folder}", "--port=0", "--pairs=9"], capture_output=True, text=True, cwd=ROOT
+        )
+        assert other.returncode == 2 and "--pairs means nothing for pairs that are there already" in other.stderr
     finally:
         process.kill()
         process.wait()

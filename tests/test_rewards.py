@@ -57,6 +57,14 @@ def test_several_are_weighted_and_each_is_told():
     assert float(total[0]) == pytest.approx(0.75)
 
 
+def test_what_is_measured_only_does_nothing_to_what_is_asked_for(monkeypatch):
+    """Whatever it is, and whatever its gradient."""
+    monkeypatch.setitem(rewards.REWARDS, "odd", lambda images: jnp.sqrt(jnp.min(images, axis=(1, 2, 3))))
+    x = -0.5 * jnp.ones((1, 2, 2, 1))
+    value, grad = jax.value_and_grad(lambda x: rewards.score({"ink": 1.0, "odd": 0.0}, x)[0][0])(x)
+    assert float(value) == 0.25 and np.isfinite(grad).all() and np.isnan(rewards.score({"ink": 1.0, "odd": 0.0}, x)[1]["odd"]).all()
+
+
 def test_overshoot_earns_nothing():
     x = jnp.asarray([[[[3.0], [-7.0]]]])
     value, grad = jax.value_and_grad(lambda x: rewards.score("ink", x)[0][0])(x)

@@ -151,3 +151,24 @@ def test_what_is_recorded_of_an_edit_can_be_written(given, tmp_path):
     sample = {"steps": 3, "sampler": "euler", "grid": "uniform", "guidance": "none"}
     told = sampling.told(sampling.options({"image_shape": [8, 8, 3], "config": {"sample": sample}}))
     assert json.loads(json.dumps(told)) == sample | {"negative": "", "init": str(tmp_path / "black.png"), "strength": 0.5}
+
+
+def test_the_seed_is_the_runs_own_where_none_is_given(given):
+    given()
+    assert sampling.seed({"config": {"sample": {"seed": 5}}}) == 5
+    given("--seed=0")
+    assert sampling.seed({"config": {"sample": {"seed": 5}}}) == 0
+
+
+def test_two_networks_are_compared_on_the_same_classes(given):
+    """One that was trained on half of the classes is asked for these, if nobody says otherwise."""
+    from tools import win_rate
+
+    half = CLASSES | {"config": {"data": {"name": "digits", "classes": (0, 1)}, "sample": {"count": 6}}}
+    whole = CLASSES | {"config": {"data": "digits", "sample": {"count": 6}}}
+    given()
+    with pytest.raises(ConfigError, match="would be asked for different things.* give --labels or --prompt"):
+        win_rate.asked({"against": ("a", half), "checkpoint": ("b", whole)}, 6)
+    assert win_rate.asked({"against": ("a", half), "checkpoint": ("b", half)}, 6)["against"][0]["label"].tolist() == [0, 1] * 3
+    given("--labels=1")
+    assert win_rate.asked({"against": ("a", half), "checkpoint": ("b", whole)}, 2)["checkpoint"][0]["label"].tolist() == [1, 1]

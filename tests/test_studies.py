@@ -1,7 +1,10 @@
 """The studies: every one is listed, compute is counted as it is said to be, distances are those of closed forms."""
 
+import importlib
+import importlib.util
 import pathlib
 import sys
+import types
 
 import jax
 import numpy as np
@@ -167,3 +170,26 @@ def test_a_student_has_the_compute_it_is_given(tmp_path, monkeypatch):
     assert name == "distillation/plane/3000/own/0" and half["steps"] == part.budget // 2
     # Three network passes for a step of flow matching; the target's pass makes four, the exact teacher has next to no products.
     assert taught["steps"] == pytest.approx(part.budget * 3 / 4, rel=0.02)
+
+
+def test_a_life_asks_for_stages_and_tools_that_there_are(tmp_path, monkeypatch):
+    """And a shortened life leaves alone what a whole one would go on with."""
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(flags.FLAGS["runs"], "value", str(tmp_path))
+    for kind in ("float", "integer", "enum"):  # other binaries have flags of these names too
+        monkeypatch.setattr(flags, f"DEFINE_{kind}", lambda name, default, *a, **k: types.SimpleNamespace(value=default))
+    lifecycle = importlib.import_module("experiments.studies.lifecycle")
+    monkeypatch.delitem(sys.modules, "experiments.studies.lifecycle")
+    trained, tools = {}, []
+    monkeypatch.setattr(common, "train", lambda name, settings: trained.setdefault(name, settings_lib.resolve(settings)) and tmp_path / name)
+    monkeypatch.setattr(common, "binary", lambda module, *arguments: tools.append((module, arguments[-1])))
+    stages = [stage for stage, *_ in lifecycle.stages()]
+    assert len(stages) == 8 and len(trained) == 9 and all(importlib.util.find_spec(module) for module, _ in tools)
+    objectives_of = [objectives.build(s["objective"]) for s in trained.values()]
+    assert all({*s["roles"]} <= {*o.roles} for s, o in zip(trained.values(), objectives_of))
+    before, made = {*trained}, {out for _, out in tools}
+    lifecycle.SHORTEN.value = 0.1
+    tools.clear()
+    list(lifecycle.stages())
+    assert len(trained) == 2 * len(before) and not made & {out for _, out in tools} and len(tools) == 3
+    assert lifecycle.result("lifecycle").startswith(str(tmp_path))

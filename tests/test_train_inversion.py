@@ -7,7 +7,7 @@ import pytest
 from flowjax.config import ConfigError
 from flowjax.data import records, text
 from flowjax.interop import lora as interop
-from flowjax.train import export, loop, lora
+from flowjax.train import export, loop, lora, panel
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
 from train_runs import same, tiny, train
@@ -128,9 +128,20 @@ def test_stored_loaded_and_refused_on_another_base(place, run, tmp_path):
         interop.write(tmp_path / "x.safetensors", role.module, params, tree, its.lora, "kohya")
 
 
+def test_the_panel_measures_from_the_word_as_it_began(place):
+    """Though the base's table may have no row for it."""
+    section = {"every": 1, "count": 4, "steps": 2, "rewards": ["ink"], "metrics": [], "prompts": ["a <x>"]}
+    this = Run(inversion(place, panel=section))
+    state, measure = this.fresh(), panel.Panel(this)
+    assert measure(state)["panel/kl"] < 1e-9
+    moved = state.replace(ema=jax.tree.map(lambda p: p + 1, state.ema))
+    assert measure(moved)["panel/kl"] > 1e-9
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"added": {"<a>": 1, "<x>": 1}}, "'<x>' would be token 258, and the base has no row for those before it: it knows 257 tokens"),
         ({"added": {}}, "'<x>' should be the last of data.text.added, which is missing"),
         ({"added": {"<x>": 2}}, "'<x>' should be the last of data.text.added"),
         ({"added": {"<x>": 0}}, "text.added = .* should say how many tokens each new word gets"),

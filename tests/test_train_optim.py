@@ -201,6 +201,25 @@ def test_muon_takes_stacked_matrices_and_only_them():
     close(updates["blocks"]["attn"]["kernel"][1], -want["w"], rtol=1e-4)
 
 
+def test_muon_takes_the_matrices_of_every_kind_of_layer():
+    """Unrolled layers and the stacks of MMDiT as well, each as optax's own muon moves one matrix, wide and tall."""
+    p = {"block_0": {"up": {"kernel": make_matrix(1, 4, 8)}}, "double_blocks": {"down": {"kernel": make_matrix(2, 2, 8, 4)}}}
+    p["out"] = make_matrix(3, 4, 2)
+    transform = build({"name": "muon", "schedule": {"name": "constant", "rate": 1.0}}, p)
+    updates, _ = transform.update(jax.grad(quadratic)(p), transform.init(p), p)
+    theirs = optax.contrib.muon(1.0)
+    pairs = *zip(*(t["double_blocks"]["down"]["kernel"] for t in (updates, p))), (updates["block_0"]["up"]["kernel"], p["block_0"]["up"]["kernel"])
+    for mine, at in pairs:
+        single = {"w": at}
+        want, _ = theirs.update(jax.grad(quadratic)(single), theirs.init(single), single)
+        close(mine, want["w"], rtol=1e-4)
+    np.testing.assert_allclose(np.abs(updates["out"]), 1.0, rtol=1e-3)
+
+
+def make_matrix(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
 def test_muon_with_frozen_parts_and_decay():
     p = params()
     section = {"name": "muon", "schedule": CONSTANT, "decay": 0.1, "rules": ({"match": "bias|norm", "rate": 0.0},)}

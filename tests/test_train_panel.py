@@ -1,6 +1,8 @@
 """The panel: what it measures is what it says, resuming is exact with it, and it ends a run for good."""
 
 import copy
+import shutil
+import types
 
 import jax
 import numpy as np
@@ -109,6 +111,37 @@ def test_without_a_reference_it_is_what_the_network_began_as(config):
     for leaf in jax.tree.leaves(this.fresh().params):
         leaf.delete()
     assert "kl" in measure.names and not any(leaf.is_deleted() for leaf in jax.tree.leaves(measure.others["reference"]))
+
+
+def test_what_the_network_began_as_must_be_there_still(config, tmp_path):
+    """A workdir that was trained further is another reference: kl would be measured from two networks in one run."""
+    first = config().to_dict()["roles"]["net"]["checkpoint"]
+    start = shutil.copytree(first, tmp_path / "start")
+    objective = {"name": "reward_feedback", "reward": "ink", "steps": 2, "late": 1}
+    given = config(objective=objective, roles={"net": {"checkpoint": str(start)}}, accumulate=1, panel=PANEL | {"count": 10, "metrics": []})
+    assert train(given, tmp_path / "run", stop_at=2)[0] == 2
+    _, params, info = export.load(start)
+    shutil.rmtree(start)
+    export.write(start, jax.tree.map(lambda p: p + 0.01, params), info)
+    with pytest.raises(ConfigError, match="roles.net.checkpoint = .* changed since .* from which the panel measures kl"):
+        train(given, tmp_path / "run")
+
+
+def test_a_reward_and_a_metric_of_one_name_are_both_told():
+    """The judge's log-probability, which is trained on, is not the share of right classes."""
+    this = types.SimpleNamespace(roles={"net": types.SimpleNamespace(module=types.SimpleNamespace(kind="denoiser"))})
+    this.config, this.asked = {"panel": {"every": 1, "count": 4, "seed": 0}}, lambda section: {"label": np.arange(4) % 2}
+    this.network, this.average, this.whole = None, lambda role: None, lambda role, params: params
+    seen = {"x": np.zeros((4, 2, 2, 1)), "rewards": {"agreement": np.full(4, -0.3), "ink": np.full(4, 0.5)}}
+
+    class Known(panel.Panel):
+        _rewards, _others, _metrics = lambda self: ["agreement", "ink"], lambda self: (None, {}), lambda self: (["agreement"], ())
+        _look, _rules, _evaluated = lambda self: lambda *a: seen, lambda self: {}, lambda self, x: {"agreement": 0.9}
+
+    this.config["evaluate"] = {"batch": 4}
+    found = Known(this)(types.SimpleNamespace(params={"net": None}))
+    assert found["panel/agreement"] == 0.9 and found["panel/reward/agreement"] == pytest.approx(-0.3)
+    assert found["panel/reward/agreement/sd"] == pytest.approx(0) and found["panel/ink"] == 0.5 and "panel/agreement/sd" not in found
 
 
 def test_bounds():

@@ -50,7 +50,7 @@ def main():
     name, settings = split(chosen["sampler"], "sampler")
     if name not in MAPS or settings.get("eta"):
         raise ConfigError(f"--sampler={chosen['sampler']} draws noise on the way, so that z does not decide x; valid: {', '.join(MAPS)}")
-    count, seed = sampling.COUNT.value or info["config"]["sample"]["count"], max(0, sampling.SEED.value)
+    count, seed = sampling.COUNT.value or info["config"]["sample"]["count"], sampling.seed(info)
     make = generator.build(role, params, info, checkpoint, chosen, decode=False)
     classes = 0
     if info.get("text") and info["model"].get("num_classes"):

@@ -3,7 +3,7 @@
     python -m tools.make_images --checkpoint=runs/digits --labels=3 --count=200 --guidance=1.5 --out=data/digits_prior
     python -m tools.make_images --checkpoint=runs/emoji_pixel --prompt="cat face" --count=200 --out=data/cats
 
-They are 8-bit images with what was asked for (label or caption), in split "train". Sample them as the network will be used.
+They are 8-bit images with what was asked for (label, caption or both), in split "train". Sample them as the network will be used.
 """
 
 import numpy as np
@@ -24,10 +24,10 @@ def main():
 
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = sampling.load()
-    seed, chosen = max(0, sampling.SEED.value), sampling.options(info)
+    seed, chosen = sampling.seed(info), sampling.options(info)
     count, cond, prompts = sampling.asked(checkpoint, info, sampling.COUNT.value)
     x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
-    said = {"caption": prompts} if prompts else {k: np.asarray(v) for k, v in cond.items()}
+    said = {k: np.asarray(v) for k, v in cond.items() if k == "label"} | ({"caption": prompts} if prompts else {})
     rows = (("train", f"image {i}", {"image": x[i], **{k: v[i] for k, v in said.items()}}) for i in range(count))
     source = {"checkpoint": str(checkpoint), "step": info["step"], "weights": info["weights"], "seed": seed, **sampling.told(chosen)}
     classes = info["num_classes"] if "label" in said else 0

@@ -36,6 +36,8 @@ PORT = flags.DEFINE_integer("port", 8765, "By hand: port of the page on 127.0.0.
 EXPORT = flags.DEFINE_string("export", "", "Directory of a sitting whose decisions are written to --out.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace what --out holds.")
 
+DRAWN = ("pairs", "weights", "batch", "lora", *sampling.SAMPLING)  # what says which samples are drawn
+
 
 class Candidates:
     """What the sampling flags ask for: `count` prompts or classes, k samples of each; drawn when asked for."""
@@ -45,7 +47,7 @@ class Candidates:
             raise ConfigError("--count means nothing here; use --pairs and --candidates")
         self.checkpoint, self.count, self.k = sampling.CHECKPOINT.value, count, k
         self.role, self.params, self.info = sampling.load()
-        self.chosen, self.seed = sampling.options(self.info), max(0, sampling.SEED.value)
+        self.chosen, self.seed = sampling.options(self.info), sampling.seed(self.info)
         _, self.cond, self.prompts = sampling.asked(self.checkpoint, self.info, count)
         self.labels = self.cond.get("label")
         self.classes = self.info["num_classes"] if self.labels is not None else 0
@@ -139,12 +141,14 @@ def export():
 def main():
     found = (pathlib.Path(OUT.value) / "session.json").exists()
     if EXPORT.value:
-        _refuse("--export", ("checkpoint", "by", "pairs", "candidates", "rankings", "who", "port", "reward", "reward_checkpoint"))
+        _refuse("--export", ("checkpoint", "by", "candidates", "rankings", "who", "port", "reward", "reward_checkpoint", *DRAWN))
         export()
     elif BY.value == "hand" or (found and not sampling.CHECKPOINT.value):
         _refuse("deciding by hand", ("candidates", "rankings", "holdout", "overwrite", "reward", "reward_checkpoint"))
         if sampling.CHECKPOINT.value:
             _device()
+        else:
+            _refuse("pairs that are there already (no --checkpoint)", DRAWN)
         by_hand()
     else:
         _refuse("deciding by a reward", ("who", "port"))

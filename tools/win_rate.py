@@ -1,18 +1,29 @@
 """How often one network's sample beats another's: python -m tools.win_rate --checkpoint=A --against=B --reward=ink
 
-Both draw from the same noise for the same classes or prompts; prints A's win rate on the reward (ties count half), and the share of
+Both draw from the same noise for the same classes or prompts, prints A's win rate on the reward (ties count half), and the share of
 each one's samples that an independent judge assigns to the asked class. A reward that asks a network: --reward_checkpoint.
 """
 
 import json
 
+import numpy as np
 from absl import flags
 
 from experiments import judging, sampling, shell
+from flowjax.config import ConfigError
 from flowjax.train import runtime
 
 AGAINST = flags.DEFINE_string("against", None, "The other export or workdir.", required=True)
 DATA = flags.DEFINE_string("judge_data", "", "Workdir or export whose training data the judge learns; default: --against.")
+
+
+def asked(loaded: dict, count: int) -> dict:
+    """{name: (cond, prompts)} of what each network, {name: (checkpoint, info)}, is asked for; ConfigError where these are not the same."""
+    found = {name: sampling.asked(checkpoint, info, count)[1:] for name, (checkpoint, info) in loaded.items()}
+    (a, own), (b, other) = found.values()
+    if own != other or ("label" in a) != ("label" in b) or ("label" in a and not np.array_equal(a["label"], b["label"])):
+        raise ConfigError("--checkpoint and --against would be asked for different things, each for its own; give --labels or --prompt")
+    return found
 
 
 def main():
@@ -21,12 +32,14 @@ def main():
     from flowjax.evals import agreement, image, rewards
     from flowjax.train import export, generator
 
-    seed, count = max(0, sampling.SEED.value), sampling.COUNT.value or 1000
     out, scores = {}, {}
     judge, score, mine = None, judging.scorer(), sampling.load()
-    for name, checkpoint in (("against", AGAINST.value), ("checkpoint", sampling.CHECKPOINT.value)):
-        role, params, info = mine if name == "checkpoint" else export.load(checkpoint, sampling.WEIGHTS.value)
-        chosen, (_, cond, prompts) = sampling.options(info), sampling.asked(checkpoint, info, count)
+    seed, count = sampling.seed(mine[2]), sampling.COUNT.value or 1000
+    loaded = {"against": export.load(AGAINST.value, sampling.WEIGHTS.value), "checkpoint": mine}
+    places = {"against": AGAINST.value, "checkpoint": sampling.CHECKPOINT.value}
+    wanted = asked({name: (places[name], info) for name, (*_, info) in loaded.items()}, count)
+    for name, (role, params, info) in loaded.items():
+        checkpoint, chosen, (cond, prompts) = places[name], sampling.options(info), wanted[name]
         x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
         scores[name] = score(x, cond.get("label"), prompts)
         out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": sampling.told(chosen)}

@@ -19,12 +19,25 @@ from configs.digits_continue import NEW, OLD
 from experiments.studies import common
 from flowjax.train import runtime
 
-SHORTEN = flags.DEFINE_float("shorten", 1.0, "All stages have this share of their steps: for a look at the chain.", lower_bound=0.0)
+SHORTEN = flags.DEFINE_float(
+    "shorten", 1.0, "All stages have this share of their steps: for a look at the chain, whose runs and page go to a folder of its own in --runs.",
+    lower_bound=0.0,
+)  # fmt: skip
 COUNT = flags.DEFINE_integer("count", 500, "Samples that each stage is measured on.", lower_bound=20)
 PREFERENCE = flags.DEFINE_enum("preference", "dpo", ["refl", "grpo", "dpo"], "The way of preference that the later stages go on from.")
 REWARD = {"ink": 1.0, "agreement": 0.02, "symmetry": 0.0}  # agreement: asked of the judge
 SUBJECT = {"name": "digits", "classes": (3,), "limit": 5}  # of configs/digits_dreambooth.py
 FEW = {"steps": 2, "sampler": "renoise"}
+
+
+def folder() -> str:
+    """Of the runs, in --runs: those of another --shorten are others, which a longer run must not go on with."""
+    return "lifecycle" if SHORTEN.value == 1 else f"lifecycle_{SHORTEN.value:g}"
+
+
+def result(name: str) -> str:
+    """Where a result lies: an absolute path takes the place of the studies' own folder."""
+    return name if SHORTEN.value == 1 else str((pathlib.Path(common.RUNS.value) / folder() / name).absolute())
 
 
 def trained(stage: str, config: str, steps: int, arg: str = "", **changes) -> pathlib.Path:
@@ -35,12 +48,12 @@ def trained(stage: str, config: str, steps: int, arg: str = "", **changes) -> pa
     settings["steps"] = max(2, round(steps * SHORTEN.value))
     settings["sample"] = {**settings["sample"], "every": 0}
     settings["validation"] = {**settings["validation"], "every": 0}
-    return common.train(f"lifecycle/{stage}", settings)
+    return common.train(f"{folder()}/{stage}", settings)
 
 
 def made(name: str, module: str, *arguments: str) -> pathlib.Path:
     """A data set that a tool makes once."""
-    out = pathlib.Path(common.RUNS.value).absolute() / "lifecycle" / name
+    out = pathlib.Path(common.RUNS.value).absolute() / folder() / name
     if not out.exists():
         common.binary(module, *arguments, f"--out={out}")
     return out
@@ -66,7 +79,7 @@ def stages():
     ways["grpo"] = trained("grpo", "digits_grpo", 60, objective=reward, roles=roles)
     yield "Flow-GRPO towards more ink", ways["grpo"], {}
     pairs = f"--pairs={max(40, round(500 * few))}", "--reward=ink", "--steps=10", "--guidance=none", "--seed=1"
-    pairs = made("pairs", "tools.make_pairs", f"--checkpoint={tuned.absolute()}", *pairs)
+    pairs = made("pairs", "tools.prefer", f"--checkpoint={tuned.absolute()}", *pairs)
     roles = {"net": from_(tuned), "reference": from_(tuned)}
     ways["dpo"] = trained("dpo", "digits_dpo", 200, data={"path": str(pairs)}, roles=roles)
     yield "Diffusion-DPO towards more ink", ways["dpo"], {}
@@ -118,7 +131,7 @@ def main():
         numbers = [f"{found[k]:.4g}" for k in ("old", "new", "frechet", "ink", "symmetry", "subject")]
         rows.append([stage, card["config"]["steps"], card["parameters"]["net"].split()[0], *numbers])
         name = f"lifecycle_{len(rows)}"
-        common.picture(name, workdir, rows=2, **how)
+        common.picture(result(name), workdir, rows=2, **how)
         shown += ["", f"{stage}:", "", f"![{stage}]({name}.png)"]
         print(rows[-1], flush=True)
     text = [
@@ -128,7 +141,7 @@ def main():
         "Heun with 25 steps and no guidance, but for the student. Agreement: a scikit-learn SVM finds the asked class. FD-pixels: Frechet",
         "distance of pixels to the 297 held-out digits. Distance to the subject: root mean square difference of pixels of the asked threes from",
         "the nearest of the five. Every stage begins with the weights of the one before; the three ways of preference all with the fine-tuned.", "",
-        common.table("lifecycle", head, rows), *shown,
+        common.table(result("lifecycle"), head, rows), *shown,
     ]  # fmt: skip
-    common.page("lifecycle", "\n".join(text))
+    common.page(result("lifecycle"), "\n".join(text))
     return 0

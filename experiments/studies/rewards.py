@@ -150,7 +150,8 @@ def main():
         f"`python -m experiments.study rewards`: mean ± standard deviation over {len(seeds)} seeds. The digits teacher is asked for more ink, of",
         f"which its samples have {ink[0]:.3f}, with a standard deviation of {ink[1]:.3f} among samples: the unit of the gains. 400 unguided",
         "samples, Heun with 8 steps.",
-        "KL: nats, of the trajectories of Flow-GRPO's SDE in 8 steps from the teacher's, an upper bound of that of the samples.", "",
+        "KL: nats, of the trajectories of Flow-GRPO's SDE in 8 steps, of which the last has no noise, from the teacher's: an upper bound of that",
+        "of the states before the last step. The samples are another sampler's; what a method changes in the last step alone does not count.", "",
         f"## The most ink at a KL of at most {BOUND:g} nats and class agreement at most {LOST:g} points lower", "",
         common.table(out("rewards"), ["method", *HEAD], rows), "",
         f"At least {GAIN:g} standard deviations: "
@@ -161,11 +162,12 @@ def main():
     levels = (1.0, 2.0, 4.0, 8.0, 12.0)
     rows = [[name, *(common.spread([at(c, v) for c in cs]) for v in levels)] for name, cs in curves.items()]
     rows += [[f"{name} (one seed)", *(common.spread([at(c, v)]) for v in levels)] for name, c in more.items()]
-    rows.append(["no more than (Gaussian rewards)", *(f"{np.sqrt(2 * v):.3g}" for v in levels)])
+    rows.append(["sqrt(2 KL)", *(f"{np.sqrt(2 * v):.3g}" for v in levels)])
     text += [
         "## Ink gained at equal KL", "",
         "In standard deviations, read between two measurements; nan where a run does not go so far. A reward that is Gaussian among the",
-        "reference's samples cannot gain more than sqrt(2 KL) standard deviations (Donsker and Varadhan).", "",
+        "reference's samples cannot gain more than sqrt(2 KL) standard deviations (Donsker and Varadhan), KL being that of the samples",
+        "themselves: here a line to compare with, and no bound, as what is measured is that of trajectories.", "",
         common.table(out("rewards_at"), ["method", *(f"at {v:g}" for v in levels)], rows), "", "![reward over KL](rewards_kl.png)", "",
     ]  # fmt: skip
     # --- what is lost

@@ -2,8 +2,10 @@
 
 Along an SDE both networks make Gaussian steps of the same standard deviation, so that the divergence of the whole trajectories is the
 expectation, under the first, of the sum of |mu - mu_ref|^2 / (2 std^2) over the steps (Girsanov's theorem in discrete time). It bounds
-that of the samples from above, and only the states are drawn: the steps' own divergences are exact. This is Flow-GRPO's KL
-(2505.05470), summed over dimensions and over all steps but the last, which has no noise; here for networks that were trained in any way.
+from above that of the states which the last noise leads to, and only the states are drawn: the steps' own divergences are exact. This is
+Flow-GRPO's KL (2505.05470), summed over dimensions and over all steps but the last, which has no noise; here for networks that were
+trained in any way. What two networks do otherwise in that last step alone is not seen, and of samples that another sampler draws from
+them it bounds nothing.
 """
 
 import jax

@@ -88,10 +88,8 @@ def reward(run):
     have, known = run.pipeline.num_classes, judge.num_classes
     if have and known != have and (known or judge.kind == "classifier"):
         raise ConfigError(f"roles.reward knows {known} classes, and the data has {have}")
-    if judge.kind != "reward":
-        return
     about = {"shape of images": (tuple(info["shape"]), tuple(run.image_shape()))}
-    if run.tokenizer and judge.text:
+    if judge.kind == "reward" and run.tokenizer and judge.text:
         mine = run.pipeline.manifest.get("tokenizer", {}).get("sha256"), run.tokenizer.length
         about["tokenizer"] = (info["data"].get("tokenizer", {}).get("sha256"), *info["conditions"]["tokens"]), mine
     for what, (its, ours) in about.items():

@@ -45,6 +45,9 @@ class Inversion:
         if self.first or self.rows:
             raise ConfigError(f"{where}: first and rows are what the run finds out; leave them out")
         first, rows = tokenizer.vocab - self.vectors, fields["vocab"]
+        if first > rows:
+            lacking = f"would be token {first}, and the base has no row for those before it: it knows {rows} tokens"
+            raise ConfigError(f"{where}.token = {self.token!r} {lacking}")
         if not (ids := tokenizer.encode([self.init])[0]) or max(ids) >= first:
             raise ConfigError(f"{where}.init = {self.init!r} should be words that the base knows")
         grown = {**fields, "vocab": max(rows, tokenizer.vocab)}

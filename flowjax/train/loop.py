@@ -74,13 +74,17 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     cleanup.callback(saver.close)
     found = saver.restore(this.target)
     window = {"rows": [], "done": 0, "drawn": time.monotonic()}
-    saved, values = None, {}
+    saved, values, began = None, {}, measure.began if measure else ""
     if found is None:
         state, first = this.fresh(), 0
     else:
         state, extra, first = found
         if extra["frozen"] != this.fingerprints():
             raise ConfigError(f"the frozen networks changed since {workdir} began: {extra['frozen']} -> {this.fingerprints()}")
+        if began and (was := extra.get("began")) and was != began:
+            source = f"roles.net.checkpoint = {config['roles']['net']['checkpoint']!r}"
+            raise ConfigError(f"{source} changed since {workdir} began, from which the panel measures kl")
+        began = began or extra.get("began", "")
         this.pipeline.set_state(extra["data"])
         window["rows"], values, saved = extra["window"], extra["values"], first
     steps = config["steps"]
@@ -109,6 +113,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     def save(step):
         rows = [{k: float(v) for k, v in row.items()} for row in window["rows"]]
         extra = {"data": this.pipeline.get_state(), "config": config, "frozen": this.fingerprints(), "window": rows, "values": values}
+        extra |= {"began": began} if began else {}
         saver.save(step, state, extra, values)
         if main:
             say.flush()

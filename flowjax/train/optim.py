@@ -81,30 +81,38 @@ def _adafactor(decay_rate: float = 0.8, clip_threshold: float = 1.0, min_dim: in
 
 
 def _muon(beta: float = 0.95, ns_steps: int = 5, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8):
-    """Muon on matrices inside the network, Adam on everything else (embeddings, biases, norms, first and last layers).
+    """Muon on the matrices of all layers, scanned or not, Adam on everything else (embeddings, biases, norms, first and last layers).
 
-    Stacked layers are batches of matrices: their leading axis is not a matrix axis, which optax has to be told.
+    Updates of a matrix (in, out) are times sqrt(max(1, out / in)), as the author's code and optax's `muon` have it. Scanned layers are
+    batches of matrices: their leading axis is not a matrix axis, which optax has to be told.
     """
 
-    def matrices(params):
-        def one(path, p):
-            name = name_of(path)
-            hidden = name.endswith("kernel") and re.search(r"(^|/)blocks/", name) and p.ndim == 3
-            return optax.contrib.MuonDimensionNumbers(1, 2) if hidden else None
+    def axes(params):
+        """{name: (in, out) axes} of the matrices of layers."""
+        ranks = {name_of(path): p.ndim for path, p in jax.tree.leaves_with_path(params)}
+        layers = layer_numbers({name_of(path): p.shape for path, p in jax.tree.leaves_with_path(params)})
+        leads = {n: int(isinstance(number, range)) for n, (number, _) in layers.items() if n.endswith("kernel")}
+        return {n: (lead, lead + 1) for n, lead in leads.items() if ranks[n] == lead + 2}
 
-        return jax.tree.map_with_path(one, params)
+    def matrices(params):
+        found = axes(params)
+        of = lambda name: optax.contrib.MuonDimensionNumbers(*found[name]) if name in found else None  # noqa: E731
+        return jax.tree.map_with_path(lambda path, _: of(name_of(path)), params)
 
     def labels(params):
         names = [name_of(path) for path, _ in jax.tree.leaves_with_path(params)]
         if any(n.endswith("kernel/down") for n in names):
             raise ConfigError("optimizer 'muon' is for whole matrices, and an adapter (roles.*.lora) is trained as their factors; use adamw")
-        return jax.tree.map_with_path(
-            lambda path, p: "muon" if name_of(path).endswith("kernel") and re.search(r"(^|/)blocks/", name_of(path)) and p.ndim == 3 else "adam",
-            params,
-        )
+        found = axes(params)
+        return jax.tree.map_with_path(lambda path, _: "muon" if name_of(path) in found else "adam", params)
 
     muon = optax.contrib.scale_by_muon(beta=beta, ns_steps=ns_steps, weight_dimension_numbers=matrices)
-    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}, labels)
+
+    def scaled(updates, state, params=None):
+        updates, state = muon.update(updates, state, params)
+        return jax.tree.map(lambda u: u * max(1.0, u.shape[-1] / u.shape[-2]) ** 0.5, updates), state
+
+    return optax.partition({"muon": optax.GradientTransformation(muon.init, scaled), "adam": optax.scale_by_adam(b1=b1, b2=b2, eps=eps)}, labels)
 
 
 OPTIMIZERS = {"adamw": _adam, "radam": _radam, "lion": _lion, "sgd": _sgd, "adafactor": _adafactor, "muon": _muon}

@@ -2,7 +2,8 @@
 
 A reward that is trained on says nothing of what is lost for it (2505.05470 section 5; reward hacking). Beside it, of the same samples:
 
-    <reward>, <reward>/sd   every reward's mean and standard deviation, those that nobody trains on (held out) as well
+    <reward>, <reward>/sd   every reward's mean and standard deviation, those that nobody trains on (held out) as well; where a metric
+                            has the same name (agreement), reward/<reward> and reward/<reward>/sd
     diversity               the standard deviation among samples of one condition: its mean over dimensions and conditions
     kl                      nats to the reference, or to what the network began as: flowjax.evals.divergence, of unguided trajectories
     agreement               share of the samples that a judge assigns to the asked class (flowjax.evals)
@@ -27,13 +28,17 @@ from flowjax.evals import processes
 from flowjax.evals.divergence import path_kl
 from flowjax.objectives import groups
 from flowjax.objectives.base import same_meaning
+from flowjax.train import checkpoint
 
 # Metrics of flowjax.evals that are told, and which of their numbers.
 METRICS = {"agreement": None, "frechet": "distance", "kid": "distance"}
 
 
 class Panel:
-    """measure = Panel(run); measure(state) -> {"panel/...": value}, the same on every process. ConfigError for bad settings."""
+    """measure = Panel(run); measure(state) -> {"panel/...": value}, the same on every process. ConfigError for bad settings.
+
+    began: a hash of the reference, where it is what the network began as and nobody else keeps it from changing; else "".
+    """
 
     def __init__(self, this):
         self.this, self.section = this, this.config["panel"]
@@ -41,13 +46,14 @@ class Panel:
         if role.module.kind != "denoiser":
             raise ConfigError(f"panel.every = {section['every']}: a network of kind {role.module.kind!r} draws nothing; set it to 0")
         self.cond = this.asked(section)
-        self.rewards = self._rewards()
+        self.rewards, self.began = self._rewards(), ""
         self.reference, self.others = self._others()
         self.metrics, self.compared = self._metrics()
         self.groups = [rows for rows in _alike(self.cond, section["count"]) if len(rows) > 1]
         self.look = self._look()
         jax.eval_shape(self.look, (this.network, self.others), section["seed"], np.arange(section["count"]), self.cond)
-        self.names = [k + end for k in self.rewards for end in ("", "/sd")] + ["diversity"] * bool(self.groups)
+        self.told = {k: f"reward/{k}" if k in self.metrics else k for k in self.rewards}
+        self.names = [k + end for k in self.told.values() for end in ("", "/sd")] + ["diversity"] * bool(self.groups)
         self.names += ["kl"] * (self.reference is not None) + self.metrics
         self.rules = self._rules()
 
@@ -71,7 +77,13 @@ class Panel:
             reference = this.roles["net"]
             # Copies: what the state begins with may be the loaded arrays themselves, and the step donates it.
             place = lambda p, s: jnp.copy(jax.device_put(jnp.asarray(p, s.dtype), s.sharding))  # noqa: E731
-            others["reference"] = this.frozen.get("net") or jax.tree.map(place, this.loaded["net"][0], this.network)
+            if "net" not in this.frozen:
+                others["reference"] = jax.tree.map(place, this.loaded["net"][0], this.network)
+                self.began = checkpoint.fingerprint(others["reference"])
+            elif (begun := reference.lora.begun(this.loaded["net"][0], this.tokenizer)) is not None:
+                others["reference"] = this.whole("net", jax.tree.map(place, begun, this.target.params["net"]))
+            else:
+                others["reference"] = this.frozen["net"]
         return reference, others
 
     def _metrics(self):
@@ -138,7 +150,7 @@ class Panel:
         batch = this.config["evaluate"]["batch"]
         seen = generate.run(self.look, (params, self.others), self.cond, section["count"], seed=section["seed"], batch=batch)
         for name, value in seen.get("rewards", {}).items():
-            found |= {name: np.mean(value), f"{name}/sd": np.std(value)}
+            found |= {self.told[name]: np.mean(value), f"{self.told[name]}/sd": np.std(value)}
         if "kl" in seen:
             found["kl"] = np.mean(seen["kl"])
         x = np.asarray(seen["x"], np.float64)
