@@ -273,7 +273,8 @@ class Pixels(Images):
     name, base, batch, budget, rate, guidance, finest = "pixels", "mnist_jit", 128, 1500, 5e-4, {"name": "cfg", "scale": 2.0}, 16
     features, half = "pca", {"width": 64}
     flow = {"weight": {"name": "velocity", "floor": 0.05}}
-    leaves_out = ("tangent", "perceptual", "MeanFlow", "shortcut", "IMM")  # those of mean velocities, which JiT is not for
+    # Those of mean velocities, which JiT is not for, and sCM, which nothing holds to the data where x is predicted.
+    leaves_out = ("tangent", "perceptual", "MeanFlow", "shortcut", "IMM", "sCM")
     couplings = Mnist.couplings
     notes = Mnist.notes
 
