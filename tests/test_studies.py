@@ -140,9 +140,30 @@ def test_every_method_asks_for_an_objective_that_there_is(part, monkeypatch):
     assert methods.of(part, ["reflow, then"]).keys() <= {name for name in chosen if name.startswith("reflow, then")}
 
 
+@pytest.mark.parametrize("part", [parts.Digits(), parts.Mnist(), parts.Pixels(), parts.Emoji()])
+def test_the_page_names_the_methods_that_are_not_guided(part, monkeypatch):
+    """Those whose objective has no scale of guidance and whose data are no guided couplings, by their short names."""
+    flags.FLAGS.mark_as_parsed()
+    asked = []
+    monkeypatch.setattr(parts, "cost", lambda settings: 1)
+    monkeypatch.setattr(common, "train", lambda name, settings: asked.append(settings) or pathlib.Path(name))
+    monkeypatch.setattr(part, "coupled", lambda *a, guided, **k: {"name": "guided" if guided else "its own"})
+    for of in ("teacher", "start", "judge"):
+        monkeypatch.setattr(part, of, lambda seed, of=of: pathlib.Path(of), raising=False)
+    monkeypatch.setattr(part, "roles", lambda seed: {})
+    monkeypatch.setattr(part, "own", lambda seed: part.config(seed))
+    for name, method in methods.of(part).items():
+        asked.clear()
+        method(part, 0)
+        guided = any({"guidance", "mix", "scale_max"} & s["objective"].keys() or s["data"]["name"] == "guided" for s in asked)
+        short = name.split("(")[-1].rstrip(")") if "(" in name else name.split(",")[0]
+        assert guided or short in " ".join(part.notes), name
+
+
 @pytest.mark.parametrize("part", [parts.Pixels(), parts.Emoji()])
 def test_objectives_take_networks_that_predict_the_image(part, monkeypatch):
     """JiT's, of which some objectives have no use: no method that is left for such a part draws its batch in vain."""
+    flags.FLAGS.mark_as_parsed()
     asked = []
     monkeypatch.setattr(parts, "cost", lambda settings: asked.append(settings) or 1)
     monkeypatch.setattr(common, "train", lambda name, settings: pathlib.Path(name))
