@@ -133,6 +133,9 @@ def test_every_method_asks_for_an_objective_that_there_is(part, monkeypatch):
     for name, method in chosen.items():
         before, found = len(asked), method(part, 0)
         assert set(found) <= set(part.steps) and (not found or len(asked) > before), name
+        for _, settings in asked[before:]:  # shortcut models are asked for steps of a length that they have learned, and for no other
+            if "finest" in settings["objective"]:
+                assert found and all(settings["objective"]["finest"] % n == 0 for n in found)
         for workdir, settings in asked[before:]:  # one name, one run: what a later method finds there is what it would train
             assert names.setdefault(workdir, settings) == settings
     assert all(s["ema"]["ema"] == {"name": "warmup", "decay": 0.99} for s in names.values())  # what a student began as is forgotten
