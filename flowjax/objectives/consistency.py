@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import config, times
-from flowjax.config import ConfigError, build, keywords
-from flowjax.guidance import GUIDANCE
-from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
+from flowjax.config import ConfigError, keywords
+from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
@@ -165,8 +164,7 @@ def distillation_loss(nets, batch, key, *, solver: str = "heun", guidance="none"
     """CD loss. `guidance` is a section of flowjax.guidance that wraps the teacher, so that one student call is guided."""
     net, teacher = nets["net"], nets["teacher"]
     same_meaning(teacher, net, "roles.teacher", ("path",))
-    if guidance != "none":
-        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
+    teacher = guided(teacher, guidance)
     x_t = net.path.perturb(batch["x"], batch["z"], batch["t"])
     x_s = ode_step(teacher.bind(batch["cond"]), x_t, batch["t"], batch["s"], solver)  # its gradient stops at the goal in _loss
     return _loss(nets, batch, key, x_s, metric, huber, weighting)

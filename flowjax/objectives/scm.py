@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import predictions
-from flowjax.config import ConfigError, build
-from flowjax.guidance import GUIDANCE
+from flowjax.config import ConfigError
 from flowjax.objectives import flow_matching
-from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
+from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 from flowjax.objectives.consistency import boundary
 from flowjax.paths import expand
 
@@ -66,9 +65,7 @@ def distillation_loss(nets, batch, key, *, guidance="none", warmup: int = 10_000
     """
     net, teacher = nets["net"], nets["teacher"]
     same_meaning(teacher, net, "roles.teacher", ("path",))
-    if guidance != "none":
-        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
-    v = teacher.get("velocity", flow_matching.noisy(net, batch), batch["t"], batch["cond"])
+    v = guided(teacher, guidance).get("velocity", flow_matching.noisy(net, batch), batch["t"], batch["cond"])
     return _loss(nets, batch, key, v, warmup, normalise, offset)
 
 
