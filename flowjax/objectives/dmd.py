@@ -96,9 +96,10 @@ def _matched(nets, batch, key, guidance, normalise, regression):
     if regression:
         if "z" not in batch:
             raise ConfigError("objective.regression needs couplings (tools.make_couplings) as data")
-        ones = jnp.ones_like(t)
-        start = expand(net.path.a(ones), x) * batch["x"] + expand(net.path.b(ones), x) * batch["z"]
-        error = jnp.mean(mean_dims(jnp.square(net.get("x", start, ones, cond, key) - batch["x"])))
+        # From pure noise, or where that does not tell the network's x from the latest time that does.
+        latest = jnp.full_like(t, times.interval(net.path, net.prediction)[1])
+        start = net.path.perturb(batch["x"], batch["z"], latest)
+        error = jnp.mean(mean_dims(jnp.square(net.get("x", start, latest, cond, key) - batch["x"])))
         value, metrics["regression"] = value + regression * error, error
     elif "z" in batch:
         raise ConfigError("the data are couplings, which this objective uses with objective.regression > 0 only")
