@@ -134,11 +134,26 @@ def test_boundary_holds_for_every_network(path, prediction):
     assert (at_end <= 1.1 * path.b(path.t_min) * (jnp.abs(y) + 0.1 * jnp.abs(x))).all()
 
 
-@pytest.mark.parametrize(("path", "prediction"), [("rectified", "x"), ("edm", "score"), ("ve", "velocity"), ("ve", "eps")])
+@pytest.mark.parametrize(("path", "prediction"), [("rectified", "score"), ("edm", "score"), ("ve", "velocity"), ("ve", "eps"), ("ve", "x")])
 def test_parameterisations_without_the_boundary_are_refused(path, prediction):
     net = DATA.model(PATHS[path](), prediction)
     with pytest.raises(ConfigError, match=rf"need f\(x, 0\) = x, which prediction '{prediction}' on path '{path}' does not"):
         consistency.rollout({"net": net}, {"x": jnp.zeros((2, 1)), "step": 0}, KEY)
+
+
+@pytest.mark.parametrize("path", ["rectified", "trigonometric", "vp_linear", "edm"])
+def test_predictions_of_the_image_answer_with_their_input_at_the_data(double_precision, path):
+    """A network of x knows no boundary: at the end of the grid the goal is x_s itself and not what the target says, elsewhere that."""
+    path = PATHS[path]()
+    says = lambda value: Model(lambda x_t, t, cond, key: jnp.full_like(x_t, value), path, "x")  # noqa: E731
+    x, z = jax.random.normal(KEY, (2, 2, 1))
+    batch = {"x": x, "z": z, "t": jnp.full(2, 0.5), "s": jnp.asarray([path.t_min, 0.25]), "cond": {}}
+    assert (consistency.rollout({"net": says(3.0)}, {"x": x, "step": 0}, KEY)["t"] > path.t_min).all()
+    with pytest.raises(ConfigError, match="objective.grid.t_end = 0.1: a network that predicts x"):
+        consistency.rollout({"net": says(3.0)}, {"x": x, "step": 0}, KEY, grid={"name": "uniform", "t_end": 0.1})
+    value, _ = consistency.training_loss({"net": says(3.0), "target": says(7.0)}, batch, None)
+    end = float(path.perturb(x, z, path.t_min)[0, 0])
+    assert float(value) == pytest.approx(((3 - end) ** 2 + (3 - 7) ** 2) / 2, rel=1e-12)
 
 
 def test_dropout_is_shared_between_net_and_target():

@@ -130,6 +130,19 @@ def test_regression_on_couplings():
         player().loss(nets, coupled, None)
 
 
+def test_regression_begins_where_the_network_determines_the_image():
+    """Of eps at sigma = 1,000 and not at pure noise, where eps says nothing of x. By hand: of N(0, 1/4) the exact answer is a / 4 / (a^2 / 4 + b^2) x_t."""
+    batch, _ = grid(3)
+    nets = {"fake": REAL.model(RF), "teacher": REAL.model(RF), "net": REAL.model(RF, "eps")}
+    z = batch["x_in"]
+    inside = {**batch, "tau": 0.999 * batch["tau"], "x": 0.5 * z, "z": z}
+    value, metrics = player(regression=0.25).loss(nets, inside, None)
+    a, b = 1 / 1001, 1000 / 1001
+    answer = a / 4 / (a**2 / 4 + b**2) * (0.5 * a + b) * z
+    assert jnp.isfinite(value)
+    np.testing.assert_allclose(metrics["regression"], jnp.mean((answer - 0.5 * z) ** 2), rtol=1e-6)
+
+
 def test_refusals():
     nets = {"net": generator(0, 1), "fake": generator(0, 1), "teacher": generator(0, 1, paths.trigonometric())}
     batch = {"x": jnp.zeros((2, 1)), "cond": {}}

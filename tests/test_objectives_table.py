@@ -761,6 +761,31 @@ def test_bad_settings_are_refused(section, words):
         objectives.build(section)
 
 
+def guiding(name):
+    """The functions of an objective that take a guidance of its teacher."""
+    return [fn for fn in (OBJECTIVES[name].rollout, *(p.loss for p in OBJECTIVES[name].players)) if fn and "guidance" in config.arguments(fn)]
+
+
+@pytest.mark.parametrize("name", [k for k, o in OBJECTIVES.items() if "teacher" in o.roles and guiding(k)])
+def test_guidance_that_remembers_is_refused(name):
+    """The momentum of apg is carried from step to step of a sampler; a loss asks once, and would leave it out without a word."""
+    net = Model(lambda x_t, t, cond, key: 0.5 * x_t, RF, "velocity", lambda cond: cond, params=jnp.ones(()), of=lambda params: net)
+    nets = {role: net for role in OBJECTIVES[name].roles if role != "encoder"}
+    nets["discriminator"] = net.replace(project=lambda x, t, cond, key: (x, x))
+    t, x = jnp.full(2, 0.5), jnp.ones((2, 1))
+    batch = {k: x for k in ("x", "z", "x_in", "z_t", "x_t", "x_s", "gan_z")} | {"t": t, "s": t / 2, "tau": t, "gan_t": t}
+    batch |= {"step": 0, "cond": {"label": jnp.zeros(2, int)}}
+
+    def run(guidance):
+        for fn in guiding(name):
+            needed = {k: v for k, v in {"steps": 2, "regression": 1.0}.items() if k in config.arguments(fn)}
+            fn(nets, batch, jax.random.key(0), guidance=guidance, **needed)
+
+    run({"name": "apg", "scale": 2.0})
+    with pytest.raises(ConfigError, match="objective.guidance.*momentum"):
+        run({"name": "apg", "scale": 2.0, "momentum": -0.5})
+
+
 PUBLISHED = {
     "flow_grpo": {"steps": 10, "noise": 0.7, "clip": 1e-4, "beta": 0.004, "limit": 5.0, "window": 0, "move": 0},  # 2505.05470, its code
     "diffusion_nft": {"limit": 5.0, "beta": 1.0, "anchor": 0.0},  # 2509.16117

@@ -7,6 +7,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -15,6 +16,7 @@ from experiments import study
 from experiments.studies import common, distillation
 from experiments.studies.distilling import claims, methods, parts
 from flowjax import exact, objectives, paths
+from flowjax.predictions import Model
 from flowjax.train import export
 from flowjax.train import settings as settings_lib
 from flowjax.train.assembly import Run
@@ -134,11 +136,57 @@ def test_every_method_asks_for_an_objective_that_there_is(part, monkeypatch):
     for name, method in chosen.items():
         before, found = len(asked), method(part, 0)
         assert set(found) <= set(part.steps) and (not found or len(asked) > before), name
+        for _, settings in asked[before:]:  # shortcut models are asked for steps of a length that they have learned, and for no other
+            if "finest" in settings["objective"]:
+                assert found and all(settings["objective"]["finest"] % n == 0 for n in found)
         for workdir, settings in asked[before:]:  # one name, one run: what a later method finds there is what it would train
             assert names.setdefault(workdir, settings) == settings
     assert all(s["ema"]["ema"] == {"name": "warmup", "decay": 0.99} for s in names.values())  # what a student began as is forgotten
     assert not part.only or set(chosen) == set(part.only)
     assert methods.of(part, ["reflow, then"]).keys() <= {name for name in chosen if name.startswith("reflow, then")}
+
+
+@pytest.mark.parametrize("part", [parts.Digits(), parts.Mnist(), parts.Pixels(), parts.Emoji()])
+def test_the_page_names_the_methods_that_are_not_guided(part, monkeypatch):
+    """Those whose objective has no scale of guidance and whose data are no guided couplings, by their short names."""
+    flags.FLAGS.mark_as_parsed()
+    asked = []
+    monkeypatch.setattr(parts, "cost", lambda settings: 1)
+    monkeypatch.setattr(common, "train", lambda name, settings: asked.append(settings) or pathlib.Path(name))
+    monkeypatch.setattr(part, "coupled", lambda *a, guided, **k: {"name": "guided" if guided else "its own"})
+    for of in ("teacher", "start", "judge"):
+        monkeypatch.setattr(part, of, lambda seed, of=of: pathlib.Path(of), raising=False)
+    monkeypatch.setattr(part, "roles", lambda seed: {})
+    monkeypatch.setattr(part, "own", lambda seed: part.config(seed))
+    for name, method in methods.of(part).items():
+        asked.clear()
+        method(part, 0)
+        guided = any({"guidance", "mix", "scale_max"} & s["objective"].keys() or s["data"]["name"] == "guided" for s in asked)
+        short = name.split("(")[-1].rstrip(")") if "(" in name else name.split(",")[0]
+        assert guided or short in " ".join(part.notes), name
+
+
+@pytest.mark.parametrize("part", [parts.Pixels(), parts.Emoji()])
+def test_objectives_take_networks_that_predict_the_image(part, monkeypatch):
+    """JiT's, of which some objectives have no use: no method that is left for such a part draws its batch in vain."""
+    flags.FLAGS.mark_as_parsed()
+    asked = []
+    monkeypatch.setattr(parts, "cost", lambda settings: asked.append(settings) or 1)
+    monkeypatch.setattr(common, "train", lambda name, settings: pathlib.Path(name))
+    monkeypatch.setattr(part, "coupled", lambda *a, **k: {"name": "mix4"})
+    monkeypatch.setattr(part, "teacher", lambda seed: pathlib.Path("teacher"))
+    monkeypatch.setattr(part, "start", lambda seed: pathlib.Path("start"))
+    monkeypatch.setattr(part, "roles", lambda seed: {})
+    monkeypatch.setattr(part, "judge", lambda seed: pathlib.Path("judge"), raising=False)
+    for method in methods.of(part).values():
+        method(part, 0)
+    x, label = jnp.zeros((128, 1)), jnp.zeros(128, jnp.int32)
+    for settings in {repr(s["objective"]): s for s in asked}.values():
+        assert settings["prediction"] == "x"
+        net = Model(lambda x_t, t, cond, key: x_t, paths.rectified(), "x", lambda cond: cond, guidance_embed=True, project=lambda *a: a)
+        bound = objectives.build(settings["objective"])
+        nets = {role: net for role, kind in bound.roles.items() if kind != "optional" or role in settings["roles"]}
+        jax.eval_shape(lambda bound=bound, nets=nets: bound.rollout(nets, {"x": x, "step": 0, "cond": {"label": label}}, jax.random.key(0)))
 
 
 def test_a_player_that_rests_costs_less(tmp_path, monkeypatch):

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import times
-from flowjax.config import ConfigError, build, keywords
-from flowjax.guidance import GUIDANCE
+from flowjax.config import ConfigError, keywords
 from flowjax.objectives.adversarial import discriminating, fooling, noises
-from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
+from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 
 
 def rollout(nets, batch, key, *, steps: int = 4, grid="uniform", time=None, gan_time=None):
@@ -59,9 +58,7 @@ def student_loss(nets, batch, key, *, distill: float = 2.5, guidance="none", adv
     if distill:
         teacher = nets["teacher"]
         same_meaning(teacher, net, "roles.teacher", ("path",))
-        if guidance != "none":
-            teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
-        goal = teacher.get("x", net.path.perturb(x, batch["z_t"], t), t, cond)
+        goal = guided(teacher, guidance).get("x", net.path.perturb(x, batch["z_t"], t), t, cond)
         error = jnp.mean(net.path.a(t) * mean_dims(jnp.square(x - jax.lax.stop_gradient(goal))))
         value, metrics["distillation"] = value + distill * error, error
     elif guidance != "none":

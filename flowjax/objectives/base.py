@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flowjax.config import ConfigError
+from flowjax.config import ConfigError, build
+from flowjax.guidance import GUIDANCE
 from flowjax.models import perceptual
 from flowjax.paths import Path, expand
 
@@ -80,6 +81,16 @@ def same_meaning(found, wanted, where: str, what=("path", "prediction")):
         a, b = (told(getattr(network, name)) for network in (found, wanted))
         if a != b:
             raise ConfigError(f"{where} was trained with another {name} than the config's: {a} is not {b}")
+
+
+def guided(teacher, guidance):
+    """The teacher in its guidance, a section of flowjax.guidance or "none"; ConfigError where that remembers the step before."""
+    if guidance == "none":
+        return teacher
+    teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
+    if teacher.memory is not None:
+        raise ConfigError(f"objective.guidance = {guidance!r}: momentum goes from step to step of a sampler, and a teacher is asked once; leave it out")
+    return teacher
 
 
 def drop_condition(net, cond, key, rate: float):

@@ -2,7 +2,8 @@
 
 Notation map: the paper's sigma is b/a; its boundary f(x, eps) = x holds here at t = 0 exactly, by construction, for every
 prediction whose conversion to x is the identity there (velocity, v, edm, eps; rectified flow: f = x_t - t F). On the vp paths
-grids end at t_min, where f differs from x by b(t_min) F, about 1e-3 F.
+grids end at t_min, where f differs from x by b(t_min) F, about 1e-3 F. A network that predicts x answers with anything there: at
+t_min its f is the input itself and the network is not asked, as LCM's scalings (flowjax.objectives.lcm) have it but for a few millionths.
 
     t, s = adjacent times of an N-step grid, s < t;  x_t = a x + b z
     CD: x_s = one ODE step of the frozen teacher from x_t         CT: x_s = a_s x + b_s z, the same x and z
@@ -18,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import config, times
-from flowjax.config import ConfigError, build, keywords
-from flowjax.guidance import GUIDANCE
-from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
+from flowjax.config import ConfigError, keywords
+from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
@@ -39,9 +39,9 @@ def ode_step(model, x_t, t, s, solver: str):
     raise ConfigError(f"objective.solver = {solver!r} is unknown; valid: euler, heun, ddim")
 
 
-def boundary(net):
-    """Refuse parameterisations for which f(x, 0) = x does not hold by construction."""
-    if net.prediction in ("x", "score") or net.path.name == "ve":
+def boundary(net, others=()):
+    """Refuse parameterisations for which f(x, 0) = x does not hold by construction, but for predictions `others`, of which the caller sees to it."""
+    if net.prediction in {"x", "score"}.difference(others) or net.path.name == "ve":
         raise ConfigError(
             f"consistency objectives need f(x, 0) = x, which prediction {net.prediction!r} on path {net.path.name!r} does not "
             "give; use prediction velocity, v, edm or eps on a path with b(0) = 0"
@@ -111,7 +111,10 @@ def rollout(nets, batch, key, *, steps: int = 18, schedule: str = "constant", st
     `steps` counts the grid's intervals, `grid` is a section of times.grid; schedule, steps_max and total_steps refine the grid in
     training (interval_counts). `time`: "intervals" for equally likely intervals, or a section of times.draw whose law they follow.
     """
-    boundary(nets["net"])
+    boundary(nets["net"], ("x",))
+    t_min = nets["net"].path.t_min
+    if nets["net"].prediction == "x" and (end := keywords(grid).get("t_end", t_min)) != t_min:
+        raise ConfigError(f"objective.grid.t_end = {end}: a network that predicts x is consistent with the data at {t_min}, where its grid has to end")
     key_t, key_z = jax.random.split(key)
     t, s = intervals(key_t, len(batch["x"]), batch["step"], nets, steps=steps, schedule=schedule, steps_max=steps_max,
                      total_steps=total_steps, grid=grid, time=time)
@@ -142,7 +145,10 @@ def _loss(nets, batch, key, x_s, metric, huber, weighting):
     x_t = net.path.perturb(batch["x"], batch["z"], t)
     f = net.get("x", x_t, t, cond, key)
     # The same dropout key on both sides: otherwise the loss is not zero for equal networks at equal inputs.
-    goal = jax.lax.stop_gradient(target.get("x", x_s, s, cond, key))
+    goal = target.get("x", x_s, s, cond, key)
+    if target.prediction == "x":
+        goal = jnp.where(expand(s <= target.path.t_min, x_s), x_s, goal)
+    goal = jax.lax.stop_gradient(goal)
     error = distance(f, goal, metric, huber)
     if weighting == "inverse_gap":
         omega = inverse_gap(net.path, t, s)
@@ -158,8 +164,7 @@ def distillation_loss(nets, batch, key, *, solver: str = "heun", guidance="none"
     """CD loss. `guidance` is a section of flowjax.guidance that wraps the teacher, so that one student call is guided."""
     net, teacher = nets["net"], nets["teacher"]
     same_meaning(teacher, net, "roles.teacher", ("path",))
-    if guidance != "none":
-        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
+    teacher = guided(teacher, guidance)
     x_t = net.path.perturb(batch["x"], batch["z"], batch["t"])
     x_s = ode_step(teacher.bind(batch["cond"]), x_t, batch["t"], batch["s"], solver)  # its gradient stops at the goal in _loss
     return _loss(nets, batch, key, x_s, metric, huber, weighting)

@@ -27,11 +27,10 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import times
-from flowjax.config import ConfigError, build, keywords
-from flowjax.guidance import GUIDANCE
+from flowjax.config import ConfigError, keywords
 from flowjax.objectives import flow_matching
 from flowjax.objectives.adversarial import discriminating, fooling, noises
-from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
+from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
@@ -84,11 +83,9 @@ def generator_loss(nets, batch, key, *, guidance="none", normalise: bool = True,
 def _matched(nets, batch, key, guidance, normalise, regression):
     """(loss, metrics, x)."""
     net, fake, teacher, cond, t = nets["net"], nets["fake"], nets["teacher"], batch["cond"], batch["t"]
-    if guidance != "none":
-        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
     x = net.get("x", batch["x_in"], batch["tau"], cond, key)
     x_t = net.path.perturb(jax.lax.stop_gradient(x), batch["z_t"], t)
-    real = teacher.get("x", x_t, t, cond)
+    real = guided(teacher, guidance).get("x", x_t, t, cond)
     g = fake.get("x", x_t, t, cond) - real
     if normalise:
         scale = mean_dims(jnp.abs(jax.lax.stop_gradient(x) - real))
@@ -99,9 +96,10 @@ def _matched(nets, batch, key, guidance, normalise, regression):
     if regression:
         if "z" not in batch:
             raise ConfigError("objective.regression needs couplings (tools.make_couplings) as data")
-        ones = jnp.ones_like(t)
-        start = expand(net.path.a(ones), x) * batch["x"] + expand(net.path.b(ones), x) * batch["z"]
-        error = jnp.mean(mean_dims(jnp.square(net.get("x", start, ones, cond, key) - batch["x"])))
+        # From pure noise, or where that does not tell the network's x from the latest time that does.
+        latest = jnp.full_like(t, times.interval(net.path, net.prediction)[1])
+        start = net.path.perturb(batch["x"], batch["z"], latest)
+        error = jnp.mean(mean_dims(jnp.square(net.get("x", start, latest, cond, key) - batch["x"])))
         value, metrics["regression"] = value + regression * error, error
     elif "z" in batch:
         raise ConfigError("the data are couplings, which this objective uses with objective.regression > 0 only")

@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import optax
 
 from flowjax import times, weights
-from flowjax.config import ConfigError, build, keywords
-from flowjax.guidance import GUIDANCE
-from flowjax.objectives.base import Objective, Player, mean_dims, same_meaning
+from flowjax.config import ConfigError, keywords
+from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 from flowjax.paths import expand
 
 
@@ -60,11 +59,6 @@ def states(nets, batch, key, *, steps: int = 8, time="uniform"):
     made = net.get("x", x_t, t, cond)
     x_s = net.path.posterior_mean(x_t, made, t, s) + expand(std, x) * jax.random.normal(key_xi, x.shape, x.dtype)
     return {**batch, "t": t, "s": s, "x_t": x_t, "x_s": x_s, "made": made}
-
-
-def guided(teacher, guidance):
-    """The teacher in its guidance."""
-    return teacher if guidance == "none" else build(GUIDANCE, guidance, "objective.guidance", model=teacher)
 
 
 def auxiliary_loss(nets, batch, key, *, weight="none"):

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import predictions, times
-from flowjax.config import ConfigError, build, keywords
-from flowjax.guidance import GUIDANCE
+from flowjax.config import ConfigError, keywords
 from flowjax.objectives import flow_matching
-from flowjax.objectives.base import Objective, Player, same_meaning
+from flowjax.objectives.base import Objective, Player, guided, same_meaning
 from flowjax.paths import expand
 
 
@@ -44,8 +43,7 @@ def rollout(nets, batch, key, *, steps: int, grid="uniform", guidance="none"):
     same_meaning(teacher, net, "roles.teacher", ("path",))
     if steps < 1:
         raise ConfigError(f"objective.steps = {steps} should be at least 1")
-    if guidance != "none":
-        teacher = build(GUIDANCE, guidance, "objective.guidance", model=teacher)
+    teacher = guided(teacher, guidance)
     # From where both networks determine the image.
     narrowest = min(net.prediction, teacher.prediction, key=lambda name: times.interval(net.path, name)[1])
     edges = jnp.asarray(times.grid(2 * steps, net.path, prediction=narrowest, **keywords(grid)), jnp.float32)

@@ -54,7 +54,7 @@ def directions(part, measured: dict, straight: dict) -> list[list]:
         {"before": f.mean("output distillation", 1), "after": f.mean("reflow, then output (InstaFlow)", 1)}, lambda a, b: b < a,
     )  # fmt: skip
     f.claim(
-        "consistency distillation beats consistency training (2303.01469)",
+        "consistency distillation beats consistency training (2303.01469)" + "; here the first alone is guided" * bool(part.guidance),
         {f"{kind} in {n}": f.mean(f"consistency {kind}", n) for n in (1, 2) for kind in ("distillation", "training")},
         lambda a, b, c, d: a < b and c < d,
     )

@@ -229,7 +229,7 @@ class Digits(Images):
     name, base, batch, budget, rate, guidance, finest = "digits", "digits", 128, 1500, 5e-4, {"name": "cfg", "scale": 1.5}, 16
     couplings = {"count": 10_000, "sampler": "rk4", "steps": 10, "batch": 500}
     notes = (
-        "All are guided (scale 1.5), which raises agreement and distance alike, but consistency training, sCM training and IMM. Not counted is the",
+        "All are guided (scale 1.5), which raises agreement and distance alike, but consistency training, LADD, sCM training and IMM. Not counted is the",
         "classifier in whose features images are compared.", "",
     )  # fmt: skip
 
@@ -247,7 +247,7 @@ class Mnist(Images):
     name, base, batch, budget, rate, guidance, finest = "mnist", "mnist_latent", 128, 1500, 5e-4, {"name": "cfg", "scale": 2.0}, 16
     features, leaves_out = "pca", ("tangent", "perceptual")  # whose features would have to be those of latents
     couplings = {"count": 10_000, "sampler": "rk4", "steps": 10, "batch": 500}
-    notes = ("All are guided (scale 2), but consistency training, sCM training and IMM.", "")
+    notes = ("All are guided (scale 2), but consistency training, LADD, sCM training and IMM.", "")
 
     @property
     def arg(self):
@@ -273,7 +273,8 @@ class Pixels(Images):
     name, base, batch, budget, rate, guidance, finest = "pixels", "mnist_jit", 128, 1500, 5e-4, {"name": "cfg", "scale": 2.0}, 16
     features, half = "pca", {"width": 64}
     flow = {"weight": {"name": "velocity", "floor": 0.05}}
-    leaves_out = ("tangent", "perceptual", "MeanFlow", "shortcut", "IMM")  # those of mean velocities, which JiT is not for
+    # Those of mean velocities, which JiT is not for, and sCM, which nothing holds to the data where x is predicted.
+    leaves_out = ("tangent", "perceptual", "MeanFlow", "shortcut", "IMM", "sCM")
     couplings = Mnist.couplings
     notes = Mnist.notes
 
@@ -293,7 +294,7 @@ class Emoji(Part):
         "reflow, then output (InstaFlow)", "progressive distillation", "consistency distillation", "distribution matching, 1 step",
         "adversarial distillation (LADD)",
     )  # fmt: skip
-    notes = ("All are guided (scale 3).", "")
+    notes = ("All are guided (scale 3), but LADD.", "")
     measures = {
         "train": "images % of whose training captions two towers find the right one of 100", "test": "the same of held-out captions",
     }  # fmt: skip
