@@ -49,6 +49,15 @@ def test_published_buckets(area, step, sides, count):
         assert (short + step) * long > area or (long + step) * short > area or long + step > sides[1]  # no room for one step more
 
 
+def test_the_users_own_sides_are_kept_to():
+    """Sides need not be multiples of the step; those of buckets are, and lie between them."""
+    for area, step, sides in ((96**2, 32, (64, 100)), (80**2, 16, (50, 90)), (64**2, 24, (40, 110))):
+        for h, w in images.bucket_sizes(area, step, *sides):
+            assert h % step == w % step == 0 and sides[0] <= min(h, w) and max(h, w) <= sides[1], (h, w)
+    with pytest.raises(ConfigError, match="--sides = 100,200"):  # the largest square in steps of 64 has sides of 64
+        images.bucket_sizes(100**2, 64, 100, 200)
+
+
 def test_the_nearest_ratio_is_taken():
     sizes = images.bucket_sizes(64 * 64, 8)
     for shape in [(100, 100), (100, 99), (300, 100), (100, 170), (64, 90), (1, 1000)]:

@@ -74,12 +74,13 @@ def bucket_sizes(area: int, step: int, least: int = 0, most: int = 0) -> list[tu
     """
     side = math.isqrt(max(area, 0))
     least, most = least or -(-side // 2), most or 2 * side
-    if step < 1 or side < step or not 0 < least <= side <= most:
+    square = side // max(step, 1) * step
+    if step < 1 or not 0 < least <= square or side > most:
         raise ConfigError(
             f"--area = {area}, --step = {step} and --sides = {least},{most} do not fit: a square of the area, of side {side}, should be at "
             "least a step long and within the sides"
         )
-    square = side // step * step
+    most = most // step * step
     found = {(square, square)}
     for width in range(-(-least // step) * step, most + 1, step):
         height = min(most, area // width) // step * step
