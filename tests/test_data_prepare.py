@@ -227,6 +227,8 @@ def test_decode_modes(tmp_path):
     np.testing.assert_array_equal(images.convert(clear, 3), [[[10, 20, 30]] * 2, [[255] * 3] * 2])
     np.testing.assert_array_equal(images.convert(clear, 1)[1], [[255]] * 2)
     assert images.convert(colour, 4)[..., 3].min() == 255
+    Image.fromarray(np.array([[7, 99]], np.uint8)).save(tmp_path / "key.png", transparency=7)  # one grey that is seen through
+    np.testing.assert_array_equal(images.decode(tmp_path / "key.png", "", 1)[..., 0], [[255, 99]])
     Image.fromarray(np.zeros((3, 3), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match="deep.png.*8-bit"):
         images.decode(tmp_path / "deep.png", "deep.png")

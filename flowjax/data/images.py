@@ -26,10 +26,10 @@ def decode(stream, where: str, channels: int = 0) -> np.ndarray:
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
         raise DataError(f"{where}: unreadable image ({e})") from None
-    if image.mode in ("1", "L"):
-        image = image.convert("L")
-    elif image.mode in ("P", "LA", "PA", "La") or "transparency" in image.info:
+    if image.mode in ("P", "LA", "PA", "La") or "transparency" in image.info:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode in ("1", "L"):
+        image = image.convert("L")
     elif image.mode in ("CMYK", "YCbCr", "HSV", "LAB", "RGBX"):
         image = image.convert("RGB")
     elif image.mode not in ("RGB", "RGBA"):
