@@ -191,6 +191,8 @@ def test_no_single_batch_of_several_sizes(section):
         ({"area": 64, "size": 8}, "give one of them"),
         ({"area": 63, "step": 8}, "--step"),
         ({"area": 64, "step": 8, "sides": (9, 16)}, "--sides"),
+        ({"step": 8}, "--step = 8 .* without --area"),
+        ({"size": 8, "sides": (4, 16)}, "--sides = 4,16 .* without --area"),
         ({"duplicates": 64}, "--duplicates"),
         ({"caption_words": (1, 0)}, "no captions"),
     ],

@@ -435,6 +435,8 @@ def test_command(tmp_path):
     refusal = tool(*run, "--class_names=c,d")
     assert refusal.returncode == 1 and "--overwrite" in refusal.stderr and "Traceback" not in refusal.stderr
     assert tool(*run, "--class_names=c,d", "--overwrite").returncode == 0
+    unread = tool("--door=digits", f"--out={tmp_path / 'digits'}", "--size=16")
+    assert unread.returncode == 1 and "--size means nothing for --door=digits" in unread.stderr and not (tmp_path / "digits").exists()
     shard = tmp_path / "out" / "train-00000.array_record"
     assert tool(f"--verify={tmp_path / 'out'}").returncode == 0
     data = bytearray(shard.read_bytes())
