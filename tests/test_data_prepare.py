@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flowjax.config import ConfigError
-from flowjax.data import images, prepare, records
+from flowjax.data import images, prepare, records, sources
 from flowjax.data.records import DataError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -172,7 +172,7 @@ def test_tfds_captions(tmp_path):
 
         def _generate_examples(self):
             for i in range(4):
-                yield i, {"image": images.encode_png(np.full((5 + i, 7, 3), i, np.uint8)), "caption": f"grey {i} é"}
+                yield i, {"image": images.encode_png(np.full((5 + i, 7, 3), i, np.uint8)), "caption": f"grey\n {i} é\n"}
 
     builder = Captioned(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
@@ -182,6 +182,8 @@ def test_tfds_captions(tmp_path):
     assert sorted(out["caption"]) == [f"grey {i} é" for i in range(4)]
     assert [f"grey {image[0, 0, 0]} é" for image in out["image"]] == out["caption"]
     refused(tmp_path, builder.data_path, "tfds", builder.data_path, match="--size")
+    source = sources.tfds("train", directory=str(builder.data_path), label="", caption="caption")  # a caption's own lines are no captions
+    assert sorted(source.read(np.arange(4))["caption"]) == sorted(out["caption"])
 
 
 # --- images -------------------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def tfds(path: pathlib.Path, channels: int) -> Opened:
                 if names:
                     example["label"] = _label_in_range(int(row["label"]), len(names), where)
                 if "caption" in features:
-                    example["caption"] = row["caption"].decode()
+                    example["caption"] = " ".join(row["caption"].decode().split())  # one caption, whatever its lines
                 yield split, where, example
 
     return Opened(examples(), len(names), names)
