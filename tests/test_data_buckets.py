@@ -156,6 +156,7 @@ def test_training_on_buckets_resumes_exactly(path, tmp_path):
         ({"name": "buckets"}, "data.path"),
         ({"name": "buckets", "size": (16, 16)}, "data.path"),
         ({"name": "buckets", "pad": 32}, "no size, resize or pad"),
+        ({"name": "buckets", "limit": 3}, "data.limit = 3 .* of each bucket"),
         ({"name": "array_record"}, "in buckets of 12 x 20, 16 x 16, 20 x 12"),
         ({"name": "array_record", "size": (4, 4)}, "in buckets of"),
         ({"name": "buckets", "split": "test"}, "no buckets in split 'test'"),
@@ -164,10 +165,26 @@ def test_training_on_buckets_resumes_exactly(path, tmp_path):
 def test_bad_sections(path, section, message):
     section = dict(section)
     split = section.pop("split", "train")
-    if "pad" in section or section["name"] == "array_record" or split == "test":
+    if section.keys() & {"pad", "limit"} or section["name"] == "array_record" or split == "test":
         section["path"] = path
     with pytest.raises(ConfigError, match=message):
         pipeline(section, 4, 0, split=split)
+
+
+def test_classes_of_which_a_bucket_has_none(tmp_path):
+    for i, size in enumerate([(8, 8), (8, 8), (16, 4), (4, 16)]):
+        (tmp_path / "in" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full(size, 10 * i, np.uint8)).save(tmp_path / "in" / "ab"[i % 2] / f"{i}.png")
+    prepare.prepare("folder", tmp_path / "in", tmp_path / "out", area=64, step=4)
+    section = {"name": "buckets", "path": str(tmp_path / "out")}
+    pipe = pipeline(section | {"classes": (0,)}, 1, 0)
+    assert pipe.manifest["buckets"] == {"8x8": 1, "16x4": 1} and {int(n) for _ in range(4) for n in numbers(next(pipe))} == {0, 2}
+    with pytest.raises(ConfigError, match="2 is none of the 2 classes"):
+        pipeline(section | {"classes": (2,)}, 1, 0)
+    np.savez(tmp_path / "c.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.zeros(2, int))
+    prepare.prepare("npz", tmp_path / "c.npz", tmp_path / "c", area=64, step=4, class_names=("a", "b"))
+    with pytest.raises(ConfigError, match=r"no example of data.classes = \(1,\)"):
+        pipeline({"name": "buckets", "path": str(tmp_path / "c"), "classes": (1,)}, 1, 0)
 
 
 def test_data_of_one_size_have_no_buckets(tmp_path):
