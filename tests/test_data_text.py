@@ -120,6 +120,12 @@ def test_captions_that_do_not_fit_are_refused(captioned):
         pipeline(captioned | {"text": {"name": "bytes", "length": 2}}, 8, 0)
 
 
+def test_captions_that_are_never_shown_need_not_fit(tmp_path):
+    records.write(tmp_path / "d", [("train", "row", {"image": np.zeros((2, 2, 1), np.uint8), "caption": "a\nbbbb"})], name="captioned")
+    section = {"name": "array_record", "path": str(tmp_path / "d"), "text": {"name": "bytes", "length": 2}, "captions": "first"}
+    assert said(next(pipeline(section, 1, 0))) == ["a"]
+
+
 def test_settings_of_captions_are_checked(captioned, tmp_path):
     for wrong, message in (
         ({"captions": "last"}, "data.captions = 'last'"),

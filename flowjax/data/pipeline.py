@@ -123,7 +123,8 @@ class _Part:
         if self.cached:
             self._cache = self._load(np.arange(count))
             if self.tokenizer:  # a caption that does not fit is met now, not after hours
-                self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")], self.manifest["name"])
+                shown = slice(1 if self.common.captions == "first" else None)
+                self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")[shown]], self.manifest["name"])
 
     @property
     def numbers(self) -> tuple[int, int]:
