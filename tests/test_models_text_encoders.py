@@ -71,6 +71,11 @@ def test_each_encoder_is_left_out_alone_at_its_rate(layout, rates):
     assert 0 < np.mean((np.asarray(again["pooled"]) == 0)[:, 0] != gone[0]) < 1
 
 
+def test_the_clips_of_sd3_stand_beside_each_other():
+    with pytest.raises(ConfigError, match=r"lengths = \(3, 2, 3\): .* beside each other, and need the same length"):
+        _ = models.build(composed("sd3") | {"lengths": (3, 2, 3)}).vocab
+
+
 def test_all_left_out_is_the_empty_prompt_and_none_is_nothing():
     module = models.build(composed("sd3"))
     params = jax.eval_shape(lambda: parameters(module))

@@ -50,6 +50,8 @@ def _built(encoders, lengths, layout: str, absent) -> list[nn.Module]:
     if not len(encoders) == len(lengths) == count or min(lengths) < 1:
         found = f"{len(encoders)} and lengths = {tuple(lengths)}"
         raise ConfigError(f"model.layout {layout!r} takes {count} encoders and as many lengths of at least 1; there are {found}")
+    if layout == "sd3" and lengths[0] != lengths[1]:
+        raise ConfigError(f"model.lengths = {tuple(lengths)}: the states of the two CLIPs stand beside each other, and need the same length")
     built = [models.build(section, f"model.encoders[{i}]") for i, section in enumerate(encoders)]
     if wrong := [module for module in built if module.kind != "text_encoder" or isinstance(module, TextEncoders)]:
         raise ConfigError(f"model.encoders are single text encoders; a {type(wrong[0]).__name__} is not")
