@@ -12,7 +12,9 @@ what tools.encode_latents makes with --vae and --text=exports/sd3_text of
     python -m tools.convert_weights --from=diffusers --model=sd3_text --fields="{'lengths': (77, 77, 77)}" sd3-medium exports/sd3_text
 
 The paper trains 500,000 steps of batch 4096 at 256 px first, without the shift; each of its three encoders is left out with
-probability 0.464, where here the whole condition is left out with 0.1.
+probability 0.464, where here, as no encoder need be there, the whole condition is left out with 0.1. As in the paper it is with
+
+    --config.roles="{'text': {'checkpoint': 'exports/sd3_text', 'drop': 0.464}}" --config.objective.label_drop=0.0
 """
 
 from flowjax.train.settings import config_dict

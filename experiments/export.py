@@ -18,7 +18,7 @@ WEIGHTS = flags.DEFINE_string("weights", "ema", 'The name of an average, or "par
 STEP = flags.DEFINE_integer("step", 0, "Which checkpoint (or snapshot); 0: the newest intact one.", lower_bound=0)
 POSTHOC_STD = flags.DEFINE_float("posthoc_std", 0.0, "Width of a power average to reconstruct from the run's snapshots.", lower_bound=0.0)
 ADAPTER = flags.DEFINE_enum("adapter", None, ["flowjax", "diffusers", "kohya"], "Write the adapter of the network, in this layout.")
-LATENT_EXAMPLES = flags.DEFINE_integer("latent_examples", 50_000, "Examples for an autoencoder's latent statistics.")
+LATENT_EXAMPLES = flags.DEFINE_integer("latent_examples", 50_000, "Examples for an autoencoder's latent statistics.", lower_bound=1)
 
 
 def main():
@@ -43,11 +43,10 @@ def main():
         return 0
     role, params, info = export.load(WORKDIR.value, WEIGHTS.value, step, posthoc_std=POSTHOC_STD.value)
     if role.module.kind == "autoencoder":
-        count = info["data"].get("count") or LATENT_EXAMPLES.value
+        count = min(info["data"].get("count") or LATENT_EXAMPLES.value, LATENT_EXAMPLES.value)
         batch = min(250, count)
         stream = pipeline(info["config"]["data"], batch, 0, shuffle=True)
-        count = min(count, LATENT_EXAMPLES.value) // batch
-        latents = export.measure_latents(role, params, (next(stream)["x"] for _ in range(count)))
+        latents = export.measure_latents(role, params, (next(stream)["x"] for _ in range(count // batch)))
     info = export.export(WORKDIR.value, out, WEIGHTS.value, step, latents, POSTHOC_STD.value, ADAPTER.value is not None)
     print(f"step {info['step']} ({info['weights']}): {out}")
     return 0

@@ -45,7 +45,7 @@ def enhanced(checkpoint, info, prompts):
 
     section = shell.section(ENHANCE.value, "enhance")
     section = section if isinstance(section, dict) else enhance.parse(section)
-    rewrite = enhance.build(section, captions, lambda prompt: len(tokenizer.encode([prompt])[0]) <= tokenizer.length)
+    rewrite = enhance.build(section, captions, tokenizer.fits)
     short = list(dict.fromkeys(prompts))
     became = dict(zip(short, rewrite(short)))
     for old, new in became.items():

@@ -49,6 +49,15 @@ def test_published_buckets(area, step, sides, count):
         assert (short + step) * long > area or (long + step) * short > area or long + step > sides[1]  # no room for one step more
 
 
+def test_the_users_own_sides_are_kept_to():
+    """Sides need not be multiples of the step; those of buckets are, and lie between them."""
+    for area, step, sides in ((96**2, 32, (64, 100)), (80**2, 16, (50, 90)), (64**2, 24, (40, 110))):
+        for h, w in images.bucket_sizes(area, step, *sides):
+            assert h % step == w % step == 0 and sides[0] <= min(h, w) and max(h, w) <= sides[1], (h, w)
+    with pytest.raises(ConfigError, match="--sides = 100,200"):  # the largest square in steps of 64 has sides of 64
+        images.bucket_sizes(100**2, 64, 100, 200)
+
+
 def test_the_nearest_ratio_is_taken():
     sizes = images.bucket_sizes(64 * 64, 8)
     for shape in [(100, 100), (100, 99), (300, 100), (100, 170), (64, 90), (1, 1000)]:
@@ -147,6 +156,7 @@ def test_training_on_buckets_resumes_exactly(path, tmp_path):
         ({"name": "buckets"}, "data.path"),
         ({"name": "buckets", "size": (16, 16)}, "data.path"),
         ({"name": "buckets", "pad": 32}, "no size, resize or pad"),
+        ({"name": "buckets", "limit": 3}, "data.limit = 3 .* of each bucket"),
         ({"name": "array_record"}, "in buckets of 12 x 20, 16 x 16, 20 x 12"),
         ({"name": "array_record", "size": (4, 4)}, "in buckets of"),
         ({"name": "buckets", "split": "test"}, "no buckets in split 'test'"),
@@ -155,10 +165,26 @@ def test_training_on_buckets_resumes_exactly(path, tmp_path):
 def test_bad_sections(path, section, message):
     section = dict(section)
     split = section.pop("split", "train")
-    if "pad" in section or section["name"] == "array_record" or split == "test":
+    if section.keys() & {"pad", "limit"} or section["name"] == "array_record" or split == "test":
         section["path"] = path
     with pytest.raises(ConfigError, match=message):
         pipeline(section, 4, 0, split=split)
+
+
+def test_classes_of_which_a_bucket_has_none(tmp_path):
+    for i, size in enumerate([(8, 8), (8, 8), (16, 4), (4, 16)]):
+        (tmp_path / "in" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full(size, 10 * i, np.uint8)).save(tmp_path / "in" / "ab"[i % 2] / f"{i}.png")
+    prepare.prepare("folder", tmp_path / "in", tmp_path / "out", area=64, step=4)
+    section = {"name": "buckets", "path": str(tmp_path / "out")}
+    pipe = pipeline(section | {"classes": (0,)}, 1, 0)
+    assert pipe.manifest["buckets"] == {"8x8": 1, "16x4": 1} and {int(n) for _ in range(4) for n in numbers(next(pipe))} == {0, 2}
+    with pytest.raises(ConfigError, match="2 is none of the 2 classes"):
+        pipeline(section | {"classes": (2,)}, 1, 0)
+    np.savez(tmp_path / "c.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.zeros(2, int))
+    prepare.prepare("npz", tmp_path / "c.npz", tmp_path / "c", area=64, step=4, class_names=("a", "b"))
+    with pytest.raises(ConfigError, match=r"no example of data.classes = \(1,\)"):
+        pipeline({"name": "buckets", "path": str(tmp_path / "c"), "classes": (1,)}, 1, 0)
 
 
 def test_data_of_one_size_have_no_buckets(tmp_path):
@@ -182,6 +208,8 @@ def test_no_single_batch_of_several_sizes(section):
         ({"area": 64, "size": 8}, "give one of them"),
         ({"area": 63, "step": 8}, "--step"),
         ({"area": 64, "step": 8, "sides": (9, 16)}, "--sides"),
+        ({"step": 8}, "--step = 8 .* without --area"),
+        ({"size": 8, "sides": (4, 16)}, "--sides = 4,16 .* without --area"),
         ({"duplicates": 64}, "--duplicates"),
         ({"caption_words": (1, 0)}, "no captions"),
     ],

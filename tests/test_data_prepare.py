@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from flowjax.config import ConfigError
-from flowjax.data import images, prepare, records
+from flowjax.data import images, prepare, records, sources
 from flowjax.data.records import DataError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -172,7 +172,7 @@ def test_tfds_captions(tmp_path):
 
         def _generate_examples(self):
             for i in range(4):
-                yield i, {"image": images.encode_png(np.full((5 + i, 7, 3), i, np.uint8)), "caption": f"grey {i} é"}
+                yield i, {"image": images.encode_png(np.full((5 + i, 7, 3), i, np.uint8)), "caption": f"grey\n {i} é\n"}
 
     builder = Captioned(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
@@ -182,6 +182,8 @@ def test_tfds_captions(tmp_path):
     assert sorted(out["caption"]) == [f"grey {i} é" for i in range(4)]
     assert [f"grey {image[0, 0, 0]} é" for image in out["image"]] == out["caption"]
     refused(tmp_path, builder.data_path, "tfds", builder.data_path, match="--size")
+    source = sources.tfds("train", directory=str(builder.data_path), label="", caption="caption")  # a caption's own lines are no captions
+    assert sorted(source.read(np.arange(4))["caption"]) == sorted(out["caption"])
 
 
 # --- images -------------------------------------------------------------------------------------------------------------
@@ -227,6 +229,8 @@ def test_decode_modes(tmp_path):
     np.testing.assert_array_equal(images.convert(clear, 3), [[[10, 20, 30]] * 2, [[255] * 3] * 2])
     np.testing.assert_array_equal(images.convert(clear, 1)[1], [[255]] * 2)
     assert images.convert(colour, 4)[..., 3].min() == 255
+    Image.fromarray(np.array([[7, 99]], np.uint8)).save(tmp_path / "key.png", transparency=7)  # one grey that is seen through
+    np.testing.assert_array_equal(images.decode(tmp_path / "key.png", "", 1)[..., 0], [[255, 99]])
     Image.fromarray(np.zeros((3, 3), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(DataError, match="deep.png.*8-bit"):
         images.decode(tmp_path / "deep.png", "deep.png")
@@ -433,6 +437,8 @@ def test_command(tmp_path):
     refusal = tool(*run, "--class_names=c,d")
     assert refusal.returncode == 1 and "--overwrite" in refusal.stderr and "Traceback" not in refusal.stderr
     assert tool(*run, "--class_names=c,d", "--overwrite").returncode == 0
+    unread = tool("--door=digits", f"--out={tmp_path / 'digits'}", "--size=16")
+    assert unread.returncode == 1 and "--size means nothing for --door=digits" in unread.stderr and not (tmp_path / "digits").exists()
     shard = tmp_path / "out" / "train-00000.array_record"
     assert tool(f"--verify={tmp_path / 'out'}").returncode == 0
     data = bytearray(shard.read_bytes())

@@ -64,6 +64,29 @@ def test_refused(section, message):
         text.build(section)
 
 
+def test_what_fits_one_tokenizer_or_all_of_several():
+    short, long = ({"name": "bytes", "length": n} for n in (3, 5))
+    assert [text.build(short).fits(t) for t in ("", "abc", "abcd")] == [True, True, False]
+    joined = text.build({"name": "joined", "parts": [long, short]})
+    assert [joined.fits(t) for t in ("abc", "abcd")] == [True, False]
+
+
+def test_tokenizers_of_exports_side_by_side_bring_their_files(tmp_path):
+    """What is stored of them names files that lie beside it, not the exports that they came from."""
+    for name, words in (("one", ("[PAD]", "[END]", "red")), ("two", ("[PAD]", "[END]", "heart"))):
+        (tmp_path / name).mkdir()
+        make_file(tmp_path / name / text.FILE, words)
+        (tmp_path / name / "config.json").write_text(json.dumps({"text": {"name": "file", "length": 3}}))
+    section = text.resolved({"name": "joined", "parts": [{"name": "export", "path": str(tmp_path / name)} for name in ("one", "two")]})
+    built = text.build(section)
+    (tmp_path / "out").mkdir()
+    for name, file in built.files.items():
+        (tmp_path / "out" / name).write_bytes(file.read_bytes())
+    own = text.stored(section, tmp_path / "out")
+    assert all(part["path"].startswith(str(tmp_path / "out")) for part in own["parts"])
+    np.testing.assert_array_equal(text.build(own)(["red heart"]), built(["red heart"]))
+
+
 def test_pad_outside_of_the_vocabulary(tmp_path):
     with pytest.raises(ConfigError, match=r"text.pad = 4 is outside the vocabulary, 0..3"):
         text.build({"name": "file", "path": str(make_file(tmp_path / "t.json")), "length": 3, "pad": 4})
@@ -118,6 +141,12 @@ def test_evaluators_get_the_captions(captioned):
 def test_captions_that_do_not_fit_are_refused(captioned):
     with pytest.raises(records.DataError, match="captioned: 'aaa' has 3 tokens, but text.length = 2"):
         pipeline(captioned | {"text": {"name": "bytes", "length": 2}}, 8, 0)
+
+
+def test_captions_that_are_never_shown_need_not_fit(tmp_path):
+    records.write(tmp_path / "d", [("train", "row", {"image": np.zeros((2, 2, 1), np.uint8), "caption": "a\nbbbb"})], name="captioned")
+    section = {"name": "array_record", "path": str(tmp_path / "d"), "text": {"name": "bytes", "length": 2}, "captions": "first"}
+    assert said(next(pipeline(section, 1, 0))) == ["a"]
 
 
 def test_settings_of_captions_are_checked(captioned, tmp_path):

@@ -471,4 +471,6 @@ def test_published_files_become_samples_and_come_back(tmp_path):
     assert "is of a DiTTransformer2DModel" in refused and not (tmp_path / "no").exists()
     assert "give either --from or --to" in convert("--model=dit", "dit", "no", code=1)
     assert "--fields takes a section" in convert("--from=diffusers", "--model=dit", "--fields=bfloat16", "dit", "no", code=1)
+    assert "--vae means nothing for --to" in convert("--to=diffusers", "--model=dit", "--vae=vae", "net", "no", code=1)
+    assert "--dtype means nothing for --from" in convert("--from=diffusers", "--model=dit", "--dtype=bfloat16", "dit", "no", code=1)
     assert "gs://b/no is in a bucket" in convert("--from=diffusers", "--model=dit", "dit", "gs://b/no", code=1)

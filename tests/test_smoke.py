@@ -484,7 +484,7 @@ def emoji(shell):
     shell("tools.prepare_data", "--door=folder", "--path=emoji", "--out=emoji_data", "--size=16", "--channels=3", "--holdout=0.3")
     shell("tools.train_tokenizer", "--path=emoji_data", "--vocab=300")
     shell("experiments.train", f"--config={ROOT}/configs/emoji_vae.py:smoke:gan:emoji_data", "--workdir=emoji_vae")
-    shell("experiments.export", "--workdir=emoji_vae")
+    shell("experiments.export", "--workdir=emoji_vae", "--latent_examples=16")
     return {"vae": {"checkpoint": "emoji_vae/export"}}
 
 

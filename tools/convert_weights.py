@@ -45,6 +45,7 @@ VAE = flags.DEFINE_string("vae", "", "The export of the autoencoder whose latent
 TEXT = flags.DEFINE_string("text", "", "The export of the text encoders that tell a denoiser what to draw; it goes into the export.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16", "float16"), "Of what --to writes.")
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Size of a shard of what --to writes.", lower_bound=1e-6)
+READING, WRITING = (CONFIG_JSON, FIELDS, SIZE, PATH, PREDICTION, INPUT_SCALING, VAE, TEXT), (DTYPE, SHARD_GB)
 
 
 def read(source, out):
@@ -118,6 +119,8 @@ def main(argv):
     if len(argv) != 3 or bool(FROM.value) == bool(TO.value):
         raise app.UsageError("give either --from or --to, and two places: what to read, and what to write")
     try:
+        if given := [f.name for f in (WRITING if FROM.value else READING) if f.present]:
+            raise ConfigError(f"--{given[0]} means nothing for --{'from' if FROM.value else 'to'}")
         if bucket := next((place for place in argv[1:] if "://" in place), None):
             raise ConfigError(f"{bucket} is in a bucket; convert on this machine and copy the result")
         print((read if FROM.value else write)(*map(pathlib.Path, argv[1:])))

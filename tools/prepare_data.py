@@ -58,6 +58,9 @@ def main(argv):
         if _DOOR.value == "digits":
             from flowjax.data import digits
 
+            others = (_NAME, _SIZE, _AREA, _STEP, _SIDES, _SMALLEST_SIDE, _CAPTION_WORDS, _DUPLICATES, _CHANNELS, _HOLDOUT, _CLASS_NAMES, _OVERWRITE)
+            if given := [f.name for f in others if f.present]:
+                raise ConfigError(f"--{given[0]} means nothing for --door=digits")
             print(f"{digits.prepare(pathlib.Path(_OUT.value).expanduser())}: ready")
             return
         manifest = prepare.prepare(

@@ -72,7 +72,7 @@ def main():
         run = common.train(f"emoji_pixel/{seed}", common.config("emoji_pixel", data, seed=seed))
         make = generator.load(run, settings={"guidance": {"name": "cfg", "scale": GUIDANCE}})
         tokenizer = export.tokenizer_of(run, make.info)
-        fits = lambda prompt, tokenizer=tokenizer: len(tokenizer.encode([prompt])[0]) <= tokenizer.length  # noqa: E731
+        fits = tokenizer.fits
         build = lambda section, fits=fits: enhance.build(section, lambda path: text.captions(path or data, "train"), fits)  # noqa: E731
         asked = {
             "as it is": shorts,

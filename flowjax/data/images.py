@@ -26,10 +26,10 @@ def decode(stream, where: str, channels: int = 0) -> np.ndarray:
             image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as e:
         raise DataError(f"{where}: unreadable image ({e})") from None
-    if image.mode in ("1", "L"):
-        image = image.convert("L")
-    elif image.mode in ("P", "LA", "PA", "La") or "transparency" in image.info:
+    if image.mode in ("P", "LA", "PA", "La") or "transparency" in image.info:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode in ("1", "L"):
+        image = image.convert("L")
     elif image.mode in ("CMYK", "YCbCr", "HSV", "LAB", "RGBX"):
         image = image.convert("RGB")
     elif image.mode not in ("RGB", "RGBA"):
@@ -74,12 +74,13 @@ def bucket_sizes(area: int, step: int, least: int = 0, most: int = 0) -> list[tu
     """
     side = math.isqrt(max(area, 0))
     least, most = least or -(-side // 2), most or 2 * side
-    if step < 1 or side < step or not 0 < least <= side <= most:
+    square = side // max(step, 1) * step
+    if step < 1 or not 0 < least <= square or side > most:
         raise ConfigError(
             f"--area = {area}, --step = {step} and --sides = {least},{most} do not fit: a square of the area, of side {side}, should be at "
             "least a step long and within the sides"
         )
-    square = side // step * step
+    most = most // step * step
     found = {(square, square)}
     for width in range(-(-least // step) * step, most + 1, step):
         height = min(most, area // width) // step * step

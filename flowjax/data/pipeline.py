@@ -41,6 +41,10 @@ _ORDER, _FLIP, _CAPTION = 0, 1, 2  # purposes of random numbers
 _PIXELS = {"image": "x", "x": "x", "z": "z", "win": "win", "lose": "lose", "ranked": "ranked"}  # column of a source -> entry of a batch
 
 
+class _Empty(DataError):
+    """Of a source nothing is left."""
+
+
 class _Common(NamedTuple):
     """Settings of every section.
 
@@ -119,7 +123,8 @@ class _Part:
         if self.cached:
             self._cache = self._load(np.arange(count))
             if self.tokenizer:  # a caption that does not fit is met now, not after hours
-                self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")], self.manifest["name"])
+                shown = slice(1 if self.common.captions == "first" else None)
+                self.tokenizer([c for text in self._cache["caption"] for c in text.split("\n")[shown]], self.manifest["name"])
 
     @property
     def numbers(self) -> tuple[int, int]:
@@ -251,7 +256,7 @@ def _subset(source, classes, limit: int):
         rows = np.flatnonzero(np.isin(np.concatenate(labels), classes))
     rows = rows[: limit or None]
     if not len(rows):
-        raise DataError(f"{name} has no example of data.classes = {tuple(classes)}")
+        raise _Empty(f"{name} has no example of data.classes = {tuple(classes)}")
     manifest = source.manifest | {"count": len(rows)}
     return dataclasses.replace(source, manifest=manifest, read=lambda indices: source.read(rows[indices]))
 
@@ -385,7 +390,10 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...], bool]:
     if name == "buckets":
         if "path" not in settings or (settings.keys() & {"size", "resize", "pad"}):
             raise ConfigError("data.name = 'buckets' needs data.path, a data set made with --area, and no size, resize or pad: it takes all sizes as they are")
-        parts = _opened([{**settings, "name": "array_record", "size": size} for size in _buckets(settings["path"], split)], split)
+        if settings.get("limit"):
+            raise ConfigError(f"data.limit = {settings['limit']} would be so many of each bucket; choose by data.classes, or prepare less")
+        parts = _opened([{**settings, "name": "array_record", "size": size} for size in _buckets(settings["path"], split)], split, some=True)
+        parts.sort(key=lambda part: -len(part.source))
         return parts, tuple(float(len(part.source)) for part in parts), True
     if name != "mixture":
         return _opened([section], split), (1.0,), False
@@ -414,11 +422,15 @@ def _parts(section, split: str) -> tuple[list[_Part], tuple[float, ...], bool]:
     return parts, weights, False
 
 
-def _opened(sections, split: str) -> list[_Part]:
-    """Parts that share the memory for decoded data."""
+def _opened(sections, split: str, some: bool = False) -> list[_Part]:
+    """Parts that share the memory for decoded data; some: without those of which data.classes leaves nothing."""
     parts: list[_Part] = []
-    for section in sections:
-        parts.append(_Part(section, split, CACHE_BYTES - sum(p.cached for p in parts)))
+    for i, section in enumerate(sections, 1):
+        try:
+            parts.append(_Part(section, split, CACHE_BYTES - sum(p.cached for p in parts)))
+        except _Empty:
+            if not some or (i == len(sections) and not parts):
+                raise
     return parts
 
 

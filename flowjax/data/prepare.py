@@ -273,7 +273,7 @@ def tfds(path: pathlib.Path, channels: int) -> Opened:
                 if names:
                     example["label"] = _label_in_range(int(row["label"]), len(names), where)
                 if "caption" in features:
-                    example["caption"] = row["caption"].decode()
+                    example["caption"] = " ".join(row["caption"].decode().split())  # one caption, whatever its lines
                 yield split, where, example
 
     return Opened(examples(), len(names), names)
@@ -354,6 +354,8 @@ def prepare(
         raise ConfigError(f"--size = {size} must be at least 0 and --holdout = {holdout} in [0, 1)")
     if area and size:
         raise ConfigError(f"--area = {area} and --size = {size}: give one of them, buckets or one size")
+    if not area and (step != 64 or any(sides)):
+        raise ConfigError(f"--step = {step} and --sides = {sides[0]},{sides[1]} are of buckets, and mean nothing without --area")
     buckets = images.bucket_sizes(area, step, *sides) if area else []
     kept = {}
     if smallest_side:

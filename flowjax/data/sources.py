@@ -96,7 +96,7 @@ def tfds(
         if labelled:
             out["label"] = np.array([r[label] for r in found], np.int32)
         if caption:
-            out["caption"] = [r[caption].decode() for r in found]
+            out["caption"] = [" ".join(r[caption].decode().split()) for r in found]  # one caption each, whatever its lines
         return out
 
     manifest = {

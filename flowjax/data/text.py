@@ -65,6 +65,10 @@ class Tokenizer:
             row[: len(ids)] = ids[: self.length]
         return out
 
+    def fits(self, text: str) -> bool:
+        """Whether nothing of a text would be refused."""
+        return len(self.encode([text])[0]) <= self.length
+
     def _ids(self, texts: list[str], where: str):
         if not self.pairs:
             return self.encode(texts)
@@ -91,6 +95,9 @@ class Joined:
 
     def __call__(self, texts: Sequence[str], where: str = "") -> np.ndarray:
         return np.concatenate([part(texts, where) for part in self.parts], axis=1)
+
+    def fits(self, text: str) -> bool:
+        return all(part.fits(text) for part in self.parts)
 
     @property
     def vocab(self) -> list[int]:
@@ -224,6 +231,8 @@ def _numbered(i: int) -> str:
 
 def resolved(section):
     """The section of a tokenizer, that of an export replaced by what stands there, files and all."""
+    if section and keywords(section)["name"] == "joined" and "parts" in section:
+        return {**section, "parts": [resolved(part) for part in section["parts"]]}
     if not section or keywords(section)["name"] != "export":
         return section
     folder = pathlib.Path(keywords(section).get("path", "")).expanduser()

@@ -10,11 +10,14 @@ second, and so on, `lengths` of them. `layout` says what becomes of their sequen
 which is what the pipelines of diffusers hand to their transformers. No padding is masked.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flowjax.config import ConfigError, lookup
+from flowjax.paths import expand
 
 
 def _sd3(found, absent):
@@ -47,6 +50,8 @@ def _built(encoders, lengths, layout: str, absent) -> list[nn.Module]:
     if not len(encoders) == len(lengths) == count or min(lengths) < 1:
         found = f"{len(encoders)} and lengths = {tuple(lengths)}"
         raise ConfigError(f"model.layout {layout!r} takes {count} encoders and as many lengths of at least 1; there are {found}")
+    if layout == "sd3" and lengths[0] != lengths[1]:
+        raise ConfigError(f"model.lengths = {tuple(lengths)}: the states of the two CLIPs stand beside each other, and need the same length")
     built = [models.build(section, f"model.encoders[{i}]") for i, section in enumerate(encoders)]
     if wrong := [module for module in built if module.kind != "text_encoder" or isinstance(module, TextEncoders)]:
         raise ConfigError(f"model.encoders are single text encoders; a {type(wrong[0]).__name__} is not")
@@ -92,6 +97,37 @@ class TextEncoders(nn.Module):
         """(sequence (B, S, D), pooled (B, P)), float32, of token ids (B, sum of lengths)."""
         if tokens.shape[1] != sum(self.lengths):
             raise ConfigError(f"text encoders of lengths {tuple(self.lengths)} were given {tokens.shape[1]} tokens")
+        return LAYOUTS[self.layout][0](self.parts(tokens), tuple(self.absent))
+
+    def parts(self, tokens: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        """[(sequence (B, S_i, D_i), pooled (B, P_i))] of the encoders, each on its own, before the layout."""
         ends = [sum(self.lengths[: i + 1]) for i in range(len(self.lengths))]
-        found = [getattr(self, f"encoder_{i}")(tokens[:, end - n : end]) for i, (end, n) in enumerate(zip(ends, self.lengths))]
-        return LAYOUTS[self.layout][0](found, tuple(self.absent))
+        return [getattr(self, f"encoder_{i}")(tokens[:, end - n : end]) for i, (end, n) in enumerate(zip(ends, self.lengths))]
+
+
+def left_out(module: nn.Module, params, drop, where: str) -> Callable | None:
+    """leave(cond, key) -> cond, in whose "text" and "pooled" each encoder's part of a row is zero with probability `drop`, on its own.
+
+    SD3 is trained with 0.464 (2403.03206, appendix B), which leaves one row in ten without any. drop: one probability, or one for each
+    encoder. None where all are 0. **Errors:** ConfigError that names `where` for other values, and where the module is of one part.
+    """
+    if not isinstance(module, TextEncoders):
+        raise ConfigError(f"{where} = {drop!r} is for several text encoders side by side (text_encoders); a {type(module).__name__} is one")
+    count = len(module.encoders)
+    rates = [*drop] if isinstance(drop, list | tuple) else [drop] * count
+    if len(rates) != count or not all(type(rate) in (int, float) and 0 <= rate <= 1 for rate in rates):
+        raise ConfigError(f"{where} = {drop!r} should be a probability, or a list of {count}, one for each encoder")
+    if not any(rates):
+        return None
+    tokens = jax.ShapeDtypeStruct((1, sum(module.lengths)), jnp.int32)
+    shapes = jax.eval_shape(lambda params, tokens: module.apply({"params": params}, tokens, method="parts"), params, tokens)
+
+    def leave(cond, key):
+        rows = len(cond["text"])
+        kept = ~jax.random.bernoulli(key, jnp.asarray(rates, jnp.float32), (rows, count))
+        # What is kept goes through the layout as the encoders' outputs do, and comes out where they come out.
+        of = lambda keep, part: tuple(jnp.broadcast_to(expand(keep, one), (rows, *one.shape[1:])) for one in part)  # noqa: E731
+        masks = LAYOUTS[module.layout][0]([of(keep, part) for keep, part in zip(kept.T, shapes)], tuple(module.absent))
+        return {**cond, **{name: jnp.where(mask != 0, cond[name], 0) for name, mask in zip(("text", "pooled"), masks)}}
+
+    return leave

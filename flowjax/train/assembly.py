@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowjax import conditions, generate, objectives
-from flowjax.config import ConfigError, keywords
+from flowjax.config import ConfigError, arguments, keywords
 from flowjax.data import text as text_lib
 from flowjax.data.pipeline import pipeline
 from flowjax.data.sources import MARK
-from flowjax.models import layers, sharding
+from flowjax.models import layers, sharding, text_encoders
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
 from flowjax.train import checkpoint, checks, ema, export, files, generator, inversion, lora, optim, settings
@@ -103,6 +103,7 @@ class Run:
         self.here = {*self.mesh.devices.flat} <= {*jax.devices()}
         self.roles, self.loaded = build_roles(config, self.objective, self._shards if self.here else None)
         checks.classes(self)
+        self.objective = self._leaving_out()
         self.encoded, self.embedded = self._encoded(), self._embedded()
         self.tokenizer, self.text = self._prompts()
         for name, role in self.roles.items():
@@ -172,6 +173,23 @@ class Run:
                 "tools.encode_latents --text"
             )
         return True
+
+    def _leaving_out(self):
+        """The objective, whose rollout begins with leaving out parts of the captions where roles.text.drop says so."""
+        if not (drop := (self.config["roles"].get("text") or {}).get("drop")):
+            return self.objective
+        inner = self.objective.rollout
+        if "label_drop" not in arguments(inner):
+            raise ConfigError(f"roles.text.drop = {drop!r}: objective {keywords(self.config['objective'])['name']!r} leaves no conditions out (label_drop)")
+        leave = text_encoders.left_out(self.roles["text"].module, self.loaded["text"][0], drop, "roles.text.drop")
+        if leave is None:
+            return self.objective
+
+        def rollout(nets, batch, key):
+            key, mine = jax.random.split(key)
+            return inner(nets, {**batch, "cond": leave(batch["cond"], mine)}, key)
+
+        return self.objective._replace(rollout=rollout)
 
     def _prompts(self):
         """(tokenizer, section that describes it) of captions and prompts, or (None, None): the data's own, or the one with which

@@ -52,13 +52,15 @@ def panel(every: int = 0, count: int = 500, rewards=(), metrics=("agreement", "f
 
 
 def role(checkpoint: str = "", weights: str = "ema", model=None, path=None, prediction: str = "", input_scaling=None,
-         optimizer=None, every: int = 0, updates: int = 1, lora=None, average: str = ""):
+         optimizer=None, every: int = 0, updates: int = 1, lora=None, average: str = "", drop=0.0):
     """Where a role's parameters come from; for a second trained role, its network and optimizer; for trained ones, their pace.
 
     every: an update in every so many steps (0 = as the objective has it). updates: so many in one step, in turn, each on its own
     slice of what was rolled out. lora (flowjax.train.lora): an adapter is trained of what the checkpoint holds, not all of it.
     average: of the checkpoint, a workdir, this average is what the run's own averages of a trained role go on with, as if its
-    training had not ended; "" = they begin anew, at the weights that are trained.
+    training had not ended; "" = they begin anew, at the weights that are trained. drop, of roles.text where that is several text
+    encoders side by side: each one's part of a caption is left out with this probability (one number, or one for each of them),
+    besides objective.label_drop, which leaves out the whole condition.
     """
 
 
@@ -172,6 +174,8 @@ def _role(name: str, section) -> dict:
         raise ConfigError(f"config.{where}.updates = {section['updates']} should be at least 1")
     if section["weights"] != "ema" and not section["checkpoint"]:
         raise ConfigError(f"config.{where}.weights chooses among the weights of {where}.checkpoint, which is missing")
+    if section["drop"] and name != "text":
+        raise ConfigError(f"config.{where}.drop leaves out parts of captions, which only roles.text makes")
     if section["average"] and not section["checkpoint"]:
         raise ConfigError(f"config.{where}.average goes on with an average of {where}.checkpoint, which is missing")
     if section["lora"] is not None and not section["checkpoint"]:
