@@ -126,7 +126,7 @@ def main():
     teachers = [digits.teacher(s) for s in seeds]
     text = [
         "# Ablations", "",
-        f"`python -m experiments.study ablations`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
+        f"{common.measured_by('ablations')}, 1,000 samples each.",
     ]  # fmt: skip
     sections = {
         "Sampler order: four Gaussians, exact velocity, float64, uniform grid from t = 1 to 0": orders,

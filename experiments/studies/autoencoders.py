@@ -123,7 +123,7 @@ def main():
     spread = lambda found, key, factor=1.0: common.spread([factor * float(f[key]) for f in found])  # noqa: E731
     text = [
         "# Autoencoders", "",
-        f"`python -m experiments.study autoencoders`: mean ± standard deviation over {len(seeds)} seeds; MNIST at 32 x 32, f = 4, 8x8x4 latents,",
+        f"{common.measured_by('autoencoders')}; MNIST at 32 x 32, f = 4, 8x8x4 latents,",
         f"{STEPS} steps of batch {BATCH}; {HELD_OUT} held-out images; features of a classifier trained on the training images.",
         "", "## What the prior does to the latent space", "",
         "Standardised latents of training images, as a diffusion model sees them. FD to N(0, I) is per dimension; the cycle error is that of the",

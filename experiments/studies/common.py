@@ -30,6 +30,13 @@ def config(name: str, arg: str = "", **changes) -> dict:
     return values
 
 
+def measured_by(study: str) -> str:
+    """How a page begins: the command that wrote it, and what its numbers are."""
+    count = SEEDS.value
+    told = f"`python -m experiments.study {study}{'' if count == 3 else f' --seeds={count}'}`"
+    return f"{told}: one seed" if count == 1 else f"{told}: mean ± standard deviation over {count} seeds"
+
+
 def train(name: str, settings: dict) -> pathlib.Path:
     """The workdir of a finished run of `settings` under --runs/<name>, trained now where it is not.
 

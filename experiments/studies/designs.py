@@ -118,7 +118,7 @@ def main():
     seeds = range(common.SEEDS.value)
     text = [
         "# Designs", "",
-        f"`python -m experiments.study designs`: mean ± standard deviation over {len(seeds)} seeds; {STEPS} steps of batch 128 on digits, 1,000 samples,",
+        f"{common.measured_by('designs')}; {STEPS} steps of batch 128 on digits, 1,000 samples,",
         "Heun 25. FD ratio: Frechet distance of pixels to held-out digits, divided by that of the training digits.",
     ]  # fmt: skip
     for i, (title, (published, variants)) in enumerate(SECTIONS.items()):

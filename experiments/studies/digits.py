@@ -52,7 +52,7 @@ def main():
     judge = results[0]["agreement"]["judge_accuracy"]
     text = [
         "# Digits", "",
-        f"`python -m experiments.study digits`: mean ± standard deviation over {len(seeds)} seeds, 1,000 samples each.",
+        f"{common.measured_by('digits')}, 1,000 samples each.",
         f"The judge is a scikit-learn SVM that scores {100 * judge:.1f} % on held-out digits. FD-pixels: Frechet distance of pixels",
         "to the 297 held-out digits; ratio: divided by that of the 1,500 training digits.", "",
         "## The teacher: rectified flow, 2,000 steps, Heun with 25 steps", "",

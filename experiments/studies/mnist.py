@@ -99,7 +99,7 @@ def main():
         ])  # fmt: skip
     judge = results[0]["agreement"]["judge_accuracy"]
     text = [
-        "# MNIST", "", f"`python -m experiments.study mnist`: mean ± standard deviation over {common.SEEDS.value} seeds, 1,000 samples each.",
+        "# MNIST", "", f"{common.measured_by('mnist')}, 1,000 samples each.",
         "", f"Autoencoder (f = 4, 8x8x4 latents): PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f} on 2,000 held-out images.",
         f"The judge is a scikit-learn SVM on PCA features that scores {100 * judge:.2f} % on held-out MNIST.", "",
         common.table("mnist", ["sampling", "class agreement %", "FD-pca", "FD-pca of train to held-out"], rows),

@@ -61,7 +61,7 @@ def main():
     head = ["train labels turned round %", "accuracy %", "ECE %", "accuracy % on labels as noisy", "ECE % on them", "calibration slope on them"]
     common.page("reward_model", "\n".join([
         "# A reward model from noisy labels", "",
-        f"`python -m experiments.study reward_model`: mean ± standard deviation over {len(seeds)} seeds. Bradley-Terry on the features of a",
+        f"{common.measured_by('reward_model')}. Bradley-Terry on the features of a",
         f"classifier of digits (configs/digits_reward.py), from {PAIRS['train']:,} pairs of train images of one class, of which the one with",
         f"more ink is preferred; measured on {PAIRS['test']:,} such pairs of held-out images. ECE: expected calibration error of",
         "sigmoid(difference of rewards), ten bins. The first two measurements are on right labels, the others on labels that are turned",

@@ -147,7 +147,7 @@ def main():
     rates = [win_rate(d, t, s) for s, d, t in zip(seeds, dirs["DPO"], teachers)]
     text = [
         "# Rewards", "",
-        f"`python -m experiments.study rewards`: mean ± standard deviation over {len(seeds)} seeds. The digits teacher is asked for more ink, of",
+        f"{common.measured_by('rewards')}. The digits teacher is asked for more ink, of",
         f"which its samples have {ink[0]:.3f}, with a standard deviation of {ink[1]:.3f} among samples: the unit of the gains. 400 unguided",
         "samples, Heun with 8 steps.",
         "KL: nats, of the trajectories of Flow-GRPO's SDE in 8 steps, of which the last has no noise, from the teacher's: an upper bound of that",
