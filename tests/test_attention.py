@@ -9,6 +9,7 @@ from flowjax.config import ConfigError
 from flowjax.models import sharding
 from flowjax.models import attention as module
 from flowjax.models.attention import attention
+from flowjax.samplers.likelihood import hutchinson_divergence
 from flowjax.train import mesh as mesh_lib
 
 
@@ -108,6 +109,28 @@ def test_auto_takes_splash_on_a_tpu_for_long_sequences(monkeypatch):
     assert not isinstance(attention(*long, jnp.ones((), bool)), str)  # a mask
     assert not isinstance(attention(*draw()), str)  # short
     assert attention(*draw(), implementation="splash") == "splash"
+
+
+@pytest.mark.parametrize(("backend", "name"), [("gpu", "cudnn"), ("tpu", "splash")])
+def test_what_is_differentiated_forward_avoids_kernels_that_cannot(monkeypatch, caplog, backend, name):
+    """jax.jvp of a fused kernel fails; flows' likelihoods, mean velocities and continuous consistency need it of the network."""
+    tokens = module.SPLASH_FROM if name == "splash" else 6
+    x = jax.random.normal(jax.random.key(0), (1, tokens, 8)).astype(jnp.bfloat16)
+    kernel = jax.custom_vjp(module._xla)
+    kernel.defvjp(lambda *a: (module._xla(*a), None), lambda *_: None)
+    monkeypatch.setitem(module.IMPLEMENTATIONS, name, kernel)
+    monkeypatch.setattr(module.sharding, "platform", lambda: backend)
+    velocity = lambda x, how="auto": attention(*[x.reshape(1, tokens, 1, 8)] * 3, implementation=how).reshape(x.shape)  # noqa: E731
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(velocity, (x,), (x,))
+    with caplog.at_level("INFO", "flowjax.attention"):
+        divergence = hutchinson_divergence(velocity, x, x)
+    want = jnp.sum(x * jax.jvp(lambda x: velocity(x, "xla"), (x,), (x,))[1], axis=(1, 2))
+    np.testing.assert_array_equal(divergence, want)
+    assert f"{name} has no derivatives in forward mode" in caplog.messages[-1]
+    with pytest.raises(ConfigError, match=f"'{name}' has no derivatives in forward mode, .*; use 'xla'"):
+        module.jvp(lambda x: velocity(x, name), (x,), (x,))
+    assert not module._forward.get()
 
 
 def test_the_choice_is_logged_once_with_its_reasons(caplog):

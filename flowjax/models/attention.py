@@ -10,10 +10,11 @@ All take q (B, T, heads, head_dim), k and v (B, S, heads, head_dim) and an optio
   cudnn   fused kernel of NVIDIA GPUs.
   splash  fused kernel of TPUs (Pallas); lengths are padded to whole blocks.
 
-"xla" and "ring" have derivatives of every order in both modes; the fused kernels have reverse mode only, so objectives that
-use `jax.jvp` through the network must name "xla".
+"xla" and "ring" have derivatives of every order in both modes; the fused kernels have reverse mode only. Who differentiates a network
+forward does it with `jvp` of this module, in which "auto" passes them over and says so, and their names are refused.
 """
 
+import contextvars
 import functools
 import logging
 
@@ -27,12 +28,14 @@ from flowjax.models import sharding
 CUDNN_MAX_HEAD_DIM = 128  # of every generation; Hopper takes 256
 SPLASH_BLOCKS = (512, 256, 128)
 SPLASH_FROM = 1024  # tokens; below, XLA fuses the small matrix well enough and nothing is padded
+BACKWARD_ONLY = "has no derivatives in forward mode, which are asked for here"
 LAYOUT = ("batch", "seq", "act_heads", None)  # of q, k, v and the result
 
 SEEN = "attention"  # collection of queries and keys, for who asks for it (mutable = [SEEN]); nobody else pays for it
 _STACKS = ("dual_blocks", "blocks", "context_blocks")  # parameters of scanned layers, in the order of their layers
 
 _log = logging.getLogger("flowjax.attention")
+_forward = contextvars.ContextVar("forward", default=False)  # whether what is traced now is differentiated forward
 
 
 def show(module, q, k):
@@ -52,6 +55,15 @@ def seen(layers) -> list[tuple[jax.Array, jax.Array]]:
             q, k = layers[name]["attn"]["qk"]
             found += [(q[i], k[i]) for i in range(len(q))]
     return found + [layers[name]["attn"]["qk"] for name in sorted(single(layers), key=lambda name: int(name.removeprefix("block_")))]
+
+
+def jvp(fn, primals, tangents):
+    """jax.jvp of a function that asks a network."""
+    before = _forward.set(True)
+    try:
+        return jax.jvp(fn, primals, tangents)
+    finally:
+        _forward.reset(before)
 
 
 def attention(q, k, v, mask=None, implementation: str = "auto"):
@@ -97,7 +109,7 @@ def _cudnn_refusal(q, k, mask) -> str | None:
         return f"needs a head size divisible by 8 and at most {CUDNN_MAX_HEAD_DIM}, not {q.shape[-1]}"
     if mask is not None and (q.shape[1] % 2 or k.shape[1] % 2):
         return f"needs even lengths when there is a mask, not {q.shape[1]} and {k.shape[1]}"
-    return None
+    return BACKWARD_ONLY if _forward.get() else None
 
 
 def _ring(q, k, v, mask):
@@ -188,7 +200,7 @@ def _splash_refusal(q, k, mask) -> str | None:
         return f"needs a TPU, not {platform}"
     if mask is not None:
         return "takes no mask"
-    return None
+    return BACKWARD_ONLY if _forward.get() else None
 
 
 IMPLEMENTATIONS = {"xla": _xla, "ring": _ring, "cudnn": _cudnn, "splash": _splash}

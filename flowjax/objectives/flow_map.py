@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flowjax import predictions, times
 from flowjax.config import ConfigError, keywords
 from flowjax.guidance import cfg
+from flowjax.models.attention import jvp
 from flowjax.objectives import flow_matching
 from flowjax.objectives.base import Objective, Player, drop_condition, drop_rows, mean_dims
 from flowjax.paths import expand
@@ -79,7 +80,7 @@ def meanflow_loss(nets, batch, key, *, scale: float = 1.0, mix: float = 0.0, pow
         return net(x_t, t, {**cond, "step": step}, key)
 
     by_r, by_t = tangent
-    value, rate = jax.jvp(u, (x_t, t, step), (v, jnp.full_like(t, by_t), jnp.full_like(step, by_t - by_r)))
+    value, rate = jvp(u, (x_t, t, step), (v, jnp.full_like(t, by_t), jnp.full_like(step, by_t - by_r)))
     error = jnp.square(value - jax.lax.stop_gradient(v - expand(step, v) * rate))
     total = mean_dims(error) * error[0].size
     weight = jax.lax.stop_gradient((total + offset) ** -power) if power else 1.0

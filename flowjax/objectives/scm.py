@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from flowjax import predictions
 from flowjax.config import ConfigError
+from flowjax.models.attention import jvp
 from flowjax.objectives import flow_matching
 from flowjax.objectives.base import Objective, Player, guided, mean_dims, same_meaning
 from flowjax.objectives.consistency import boundary
@@ -37,7 +38,7 @@ def rollout(nets, batch, key, *, time="uniform"):
 def tangent(net, x_t, t, v, cond, key, warm):
     """(y, g) of the header, y with its gradient and g without; warm is r."""
     path, ones = net.path, jnp.ones_like(t)
-    y, dy = jax.jvp(lambda x_t, t: net(x_t, t, cond, key), (x_t, t), (v, ones))
+    y, dy = jvp(lambda x_t, t: net(x_t, t, cond, key), (x_t, t), (v, ones))
     x_hat, z_hat = predictions.to_x_and_z(path, net.prediction, y, x_t, t)
     u = predictions.convert(path, net.prediction, "velocity", y, x_t, t)
     (_, d), (dc, dd) = jax.jvp(lambda t: predictions.row(path, net.prediction, t), (t,), (ones,))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flowjax import config
+from flowjax.models.attention import jvp
 from flowjax.samplers.base import normal
 
 
@@ -20,7 +21,7 @@ def exact_divergence(velocity, x, probe):
     basis = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, *x.shape[1:])
 
     def diagonal(direction):
-        tangent = jax.jvp(velocity, (x,), (jnp.broadcast_to(direction, x.shape),))[1]
+        tangent = jvp(velocity, (x,), (jnp.broadcast_to(direction, x.shape),))[1]
         return _sum(tangent * direction)
 
     return jnp.sum(jax.vmap(diagonal)(basis), axis=0)
@@ -28,7 +29,7 @@ def exact_divergence(velocity, x, probe):
 
 def hutchinson_divergence(velocity, x, probe):
     """probe . (dv/dx) probe per row, (B,): unbiased for probes of zero mean and unit covariance."""
-    return _sum(probe * jax.jvp(velocity, (x,), (probe,))[1])
+    return _sum(probe * jvp(velocity, (x,), (probe,))[1])
 
 
 def _rademacher(key, x):
