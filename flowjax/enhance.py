@@ -3,8 +3,8 @@
     rewriter(list of prompts) -> list of prompts, in the same order
 
 A section selects one: {"name": "template"}, {"name": "model", "checkpoint": ...}, {"name": "function", "path": "module:function"}. The
-first two never drop or change a word of a prompt and leave alone what is complete, so that rewriting twice is rewriting once; what they
-write is a function of prompt and seed. The empty and the negative prompt are not to be rewritten.
+first two never drop or change a word of a prompt and leave alone what they hold for complete: a template does not rewrite twice, a
+language model may. What they write is a function of prompt and seed. The empty and the negative prompt are not to be rewritten.
 """
 
 import hashlib

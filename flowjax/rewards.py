@@ -25,11 +25,12 @@ def ink(images):
 
 
 def upper(images):
-    """Share of the brightness in the upper half; 0.5 for an empty image."""
+    """Share of the brightness in the upper half, which has half of the middle row where their number is odd; 0.5 for an empty image."""
     rows = jnp.sum(_brightness(images), axis=(2, 3))
     total = jnp.sum(rows, axis=1)
-    drawn = total > 0
-    return jnp.where(drawn, jnp.sum(rows[:, : rows.shape[1] // 2], axis=1) / jnp.where(drawn, total, 1.0), 0.5)
+    drawn, half = total > 0, rows.shape[1] // 2
+    above = jnp.sum(rows[:, :half], axis=1) + (0.5 * rows[:, half] if rows.shape[1] % 2 else 0.0)
+    return jnp.where(drawn, above / jnp.where(drawn, total, 1.0), 0.5)
 
 
 def symmetry(images):

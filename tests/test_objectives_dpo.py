@@ -245,6 +245,9 @@ def test_networks_see_the_same_noise_and_time_for_both_members():
 
 
 def test_bad_settings_are_refused():
+    for beta, anchor in ((0.0, 0.0), (-5.0, 0.0), (5.0, -1.0)):
+        with pytest.raises(ConfigError, match=f"objective.beta = {beta} should be positive, and objective.anchor = {anchor} not negative"):
+            dpo.loss({"net": NET, "reference": REFERENCE}, pairs(), None, beta=beta, anchor=anchor)
     with pytest.raises(ConfigError, match="objective.form = 'x' is unknown; valid: velocity, eps"):
         dpo.loss({"net": NET, "reference": REFERENCE}, pairs(), None, form="x")
     with pytest.raises(ConfigError, match=r"roles.reference was trained with another path than the config's: \('vp_linear', 0.1, 20.0\) is not"):
@@ -359,6 +362,8 @@ def test_kto_needs_judgements():
     with pytest.raises(ConfigError, match="needs preference pairs .* or examples with a mark 'desirable'"):
         judged(x=X)
     nets, batch = judged(x=X, desirable=GOOD)
+    with pytest.raises(ConfigError, match="objective.beta = -1.0 should be positive"):
+        dpo.judged_loss(nets, batch, None, beta=-1.0)
     with pytest.raises(ConfigError, match="objective.undesirable = 0 should be positive"):
         dpo.judged_loss(nets, batch, None, undesirable=0)
     with pytest.raises(ConfigError, match="objective.link = 'ipo' is unknown; valid: hinge, log_sigmoid"):

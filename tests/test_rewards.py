@@ -32,6 +32,7 @@ def test_ink_is_mean_brightness():
 def test_upper_is_the_share_above_the_middle():
     assert evals.reward("upper", image([[30, 0], [10, 0]]), None) == [0.75]
     assert evals.reward("upper", image([[0, 0], [0, 0]]), None) == [0.5]
+    assert evals.reward("upper", image([[7, 7], [7, 7], [7, 7]]), None) == [0.5]  # the middle row is half above
     # Counted per image, and not a matter of brightness.
     two = np.concatenate([image([[3, 0], [1, 0]]), image([[0, 0], [9, 9]])])
     np.testing.assert_array_equal(evals.reward("upper", two, None), [0.75, 0.0])

@@ -244,3 +244,13 @@ def test_a_life_asks_for_stages_and_tools_that_there_are(tmp_path, monkeypatch):
     list(lifecycle.stages())
     assert len(trained) == 2 * len(before) and not made & {out for _, out in tools} and len(tools) == 3
     assert lifecycle.result("lifecycle").startswith(str(tmp_path))
+
+
+def test_what_was_measured_of_a_run_is_measured_again_when_it_has_gone_on(tmp_path):
+    made = []
+    measure = lambda: common.kept(tmp_path, {"guidance": 2.0}, lambda: made.append(1) or {"found": len(made)})["found"]  # noqa: E731
+    assert [measure(), measure()] == [1, 1]  # an export has no steps
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        (tmp_path / "checkpoints" / "tmp").mkdir(exist_ok=True)
+        assert [measure(), measure()] == [step // 2 + 1] * 2

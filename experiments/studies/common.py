@@ -111,15 +111,19 @@ def measure(
 
 
 def kept(workdir, key: dict, make) -> dict:
-    """make(), stored under <workdir>/study by its key and read back the next time."""
+    """make(), stored under <workdir>/study by its key and read back the next time, unless the run has gone on since."""
     from flowjax.evals import protocol
 
-    file = pathlib.Path(workdir) / "study" / f"{protocol.digest(key)}.json"
-    if not file.exists():
-        results = make()
+    workdir = pathlib.Path(workdir)
+    file = workdir / "study" / f"{protocol.digest(key)}.json"
+    steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()]
+    now = {"key": key, "step": max(steps, default=None)}
+    told = json.loads(file.read_text()) if file.exists() else None
+    if told is None or told.get("step", now["step"]) != now["step"]:
+        told = now | {"results": make()}
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"key": key, "results": results}, indent=1))
-    return json.loads(file.read_text())["results"]
+        file.write_text(json.dumps(told, indent=1))
+    return told["results"]
 
 
 def real(workdir) -> dict:

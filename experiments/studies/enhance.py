@@ -67,7 +67,7 @@ def main():
     writer = common.train("emoji_enhance", common.config("emoji_enhance", f"{data},{pairs}"))
     shorts, longs = short_and_long(text.captions(data, "test"), emoji.COUNT.value)
     embed = jax.jit(judge.embed_images)
-    rows, example = {}, []
+    rows, example, signs = {}, [], {}
     for seed in range(common.SEEDS.value):
         run = common.train(f"emoji_pixel/{seed}", common.config("emoji_pixel", data, seed=seed))
         make = generator.load(run, settings={"guidance": {"name": "cfg", "scale": GUIDANCE}})
@@ -92,21 +92,23 @@ def main():
             back = of(longs)
             plain = short if plain is None else plain
             wins, losses = int((short > plain).sum()), int((short < plain).sum())
-            p = binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0
+            signs[way] = np.add(signs.get(way, (0, 0)), (wins, losses))
             features = np.concatenate([np.asarray(embed(x[i : i + 256])) for i in range(0, len(x), 256)])
             rows.setdefault(way, []).append([
-                short.mean(), 100 * wins / max(1, wins + losses), p, back[np.arange(len(x)), own].mean(),
+                short.mean(), 100 * wins / max(1, wins + losses), back[np.arange(len(x)), own].mean(),
                 100 * retrieval.retrieval(back, right=own[:, None] == np.arange(len(longs))),
                 pairwise(features.reshape(-1, EACH, features.shape[-1])),
             ])  # fmt: skip
             print(way, rows[way][-1], flush=True)
-    head = ["prompt", "cosine to what was asked", "better than as it is %", "p (sign test)", "cosine to the caption", "top-1 %", "diversity"]
-    lines = [[way, *(common.spread(v) for v in zip(*found))] for way, found in rows.items()]
+    head = ["prompt", "cosine to what was asked", "better than as it is %", "cosine to the caption", "top-1 %", "diversity", "p (sign test)"]
+    test = lambda wins, losses: binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0  # noqa: E731
+    lines = [[way, *(common.spread(v) for v in zip(*found)), f"{test(*map(int, signs[way])):.2g}"] for way, found in rows.items()]
     page = [
         "# Short prompts, rewritten", "", f"`python -m experiments.study enhance`: mean ± standard deviation over {common.SEEDS.value} seed(s),",
         f"{len(shorts)} prompts of one word, from held-out captions, {EACH} images each with the same noise, guidance {GUIDANCE:g}. Cosines and",
         "top-1 (the right one of as many captions) by two towers of another seed; diversity: mean distance of their unit features within a prompt.",
-        "Prompts whose two cosines are equal count neither way.", "", common.table("enhance", head, lines), "",
+        "Prompts whose two cosines are equal count neither way; the sign test is over the prompts of all seeds, which share the judge and the",
+        "prompts: of independent networks, not of independent words.", "", common.table("enhance", head, lines), "",
         "Prompt -> template -> language model:", "", *example,
     ]  # fmt: skip
     common.page("enhance", "\n".join(page))

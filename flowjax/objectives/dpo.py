@@ -78,6 +78,8 @@ def loss(nets, batch, key, *, beta: float = 1000.0, form: str = "velocity", link
     were (objectives.online_dpo). Dropout is off in both networks, so `key` is unused.
     """
     del key
+    if beta <= 0 or anchor < 0:
+        raise ConfigError(f"objective.beta = {beta} should be positive, and objective.anchor = {anchor} not negative")
     z, t, cond, weight = batch["z"], batch["t"], batch["cond"], batch.get("weight", 1.0)
     win, drift_win = drift(nets, batch["win"], z, t, cond, form)
     _, drift_lose = drift(nets, batch["lose"], z, t, cond, form)
@@ -121,6 +123,8 @@ def judged_loss(
     bad rows, each over all rows.
     """
     del key
+    if beta <= 0:
+        raise ConfigError(f"objective.beta = {beta} should be positive")
     if desirable <= 0 or undesirable <= 0:
         raise ConfigError(f"objective.desirable = {desirable} and objective.undesirable = {undesirable} should be positive: both teach")
     good, point = batch["good"], jnp.maximum(batch["measured"]["reference_point"], 0.0)
