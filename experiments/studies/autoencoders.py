@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from experiments.studies import common
+from flowjax.config import ConfigError
 from flowjax.train import runtime
 
 STEPS, MORE, BATCH, HELD_OUT = 600, 600, 32, 2000
@@ -53,9 +54,12 @@ def _data():
     from flowjax.evals import features, image
 
     section = settings(0)["data"]
-    train = arrays(section, "train")
+    train, held_out = arrays(section, "train"), arrays(section, "test", limit=HELD_OUT)["x"]
+    if len(train["x"]) < LATENTS or len(held_out) < HELD_OUT:
+        found = f"{len(train['x']):,} training and {len(held_out):,} held-out images"
+        raise ConfigError(f"--data: the study looks at {LATENTS:,} training and {HELD_OUT:,} held-out images, and there are {found}")
     judge = features.extractor("classifier", image.quantise(train["x"]), train["cond"]["label"], cache=f"{common.RUNS.value}/features")
-    return arrays(section, "test", limit=HELD_OUT)["x"], train["x"][:LATENTS], judge
+    return held_out, train["x"][:LATENTS], judge
 
 
 @functools.cache
@@ -119,6 +123,7 @@ def latents(workdir, seed) -> dict[str, float]:
 
 def main():
     runtime.setup()
+    _data()  # said before anything is trained, where it is too little
     seeds = range(common.SEEDS.value)
     spread = lambda found, key, factor=1.0: common.spread([factor * float(f[key]) for f in found])  # noqa: E731
     text = [
