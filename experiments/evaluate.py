@@ -124,6 +124,7 @@ def measure_samples(role, params, info, section, checkpoint):
             "features": FEATURES.value or section["features"],
             "judge": section["judge"],
             "seed": seed,
+            "sampled": True,
         },
     )
     about = results.pop("circumstances")

@@ -97,6 +97,11 @@ def test_what_is_measured_is_what_it_says(this):
     assert found["panel/agreement"] == told["agreement"]["agreement"]
     assert found["panel/frechet/pixels"] == pytest.approx(next(iter(told["frechet"].values()))["distance"], rel=1e-4)
     assert {k.removeprefix("panel/") for k in found} == {*measure.names}
+    # A network that has come to draw nothing but white is measured, as far as it went.
+    bright = jax.tree.map(lambda p: p, state.ema["ema"])
+    bright["final"]["linear"]["bias"] = bright["final"]["linear"]["bias"] - 20.0
+    white = measure(state.replace(ema={"ema": bright}))
+    assert white["panel/ink"] == pytest.approx(1.0) and white["panel/frechet/pixels"] > found["panel/frechet/pixels"]
     # What is no number is said to be none, and is out of every bound.
     lost = measure(state.replace(ema={"ema": jax.tree.map(lambda p: p * np.nan, state.ema["ema"])}))
     assert np.isnan(lost["panel/ink"]) and np.isnan(lost["panel/agreement"])

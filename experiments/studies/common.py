@@ -104,7 +104,7 @@ def measure(
         labels = protocol.labels(count, 10, "balanced", seed)
         x = draw(workdir, asked(labels) if asked else {"label": labels}, count, seed=seed, **options)
         real = _real(json.dumps(data or info["config"]["data"], sort_keys=True))
-        return evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed})
+        return evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed, "sampled": True})
 
     key = {"count": count, "metrics": list(metrics), "features": list(features), "seed": seed, **options}
     return kept(workdir, key, made)

@@ -106,7 +106,7 @@ def figures(workdir: pathlib.Path, how: dict) -> dict:
     real = {k: {"x": p["x"], "label": p["cond"]["label"]} for k, p in ((k, arrays("digits", k)) for k in ("train", "test"))}
     labels = protocol.labels(COUNT.value, 10, "balanced", 0)
     x = common.samples(workdir, labels, **how)
-    frechet = common.frechet(evaluate(x, labels, real, {"metrics": ("frechet",), "features": ("pixels",), "seed": 0}))
+    frechet = common.frechet(evaluate(x, labels, real, {"metrics": ("frechet",), "features": ("pixels",), "seed": 0, "sampled": True}))
     stored = image.quantise(x)
     seen = agreement.judge("svm", image.quantise(real["train"]["x"]), real["train"]["label"])(stored) == labels
     subject = arrays(SUBJECT)["x"].reshape(5, 1, -1)

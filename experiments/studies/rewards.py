@@ -66,8 +66,8 @@ def variants(seed: int, teacher) -> dict[str, dict]:
         return settings("digits_grpo", seed, teacher, steps, 8, {"beta": 0.3, **objective}, 2e-4, stop)
 
     return {
-        "Flow-GRPO, no KL": grpo(80, beta=0.0),
-        "Flow-GRPO, no KL, stopped": grpo(80, beta=0.0, stop={"kl": {"above": BOUND}}),
+        "Flow-GRPO, no KL": grpo(32, beta=0.0),
+        "Flow-GRPO, no KL, stopped": grpo(32, beta=0.0, stop={"kl": {"above": BOUND}}),
         "Flow-GRPO, groups of 4": grpo(group=4),
         "Flow-GRPO, 2 of 9 steps": grpo(window=2),
         "ReFL, nothing held": settings("digits_refl", seed, teacher, 48, 6, {"steps": 10, "late": 4, "strength": 8.0, "pretrain": 0.0}, 3e-5),

@@ -219,7 +219,8 @@ def evaluate(images: np.ndarray, labels: np.ndarray | None, data: Mapping, setti
       images: generated, float (N, H, W, C) around [-1, 1]; rounded to 8 bits here, once.
       labels: the asked classes, int (N,), or None.
       data: {"train": {"x": (M, H, W, C) in [-1, 1], "label": (M,)}, "test": the same}.
-      settings: metrics, features, judge: names or sections of METRICS, FEATURES, JUDGES; seed; cache: a folder for networks.
+      settings: metrics, features, judge: names or sections of METRICS, FEATURES, JUDGES; seed; cache: a folder for networks; sampled: the
+        images are a network's own, so that images without a negative value are not taken for another range.
 
     Returns:
       {metric: its measurements} for every metric asked for, and "circumstances": what a protocol.Record wants to know of it
@@ -240,11 +241,12 @@ def _evaluate(
     judge="svm",
     seed: int = 0,
     cache: str = None,
+    sampled: bool = False,
 ) -> dict:
     """The settings of `evaluate` with their defaults, by name so that an unknown one is refused."""
     chosen = [bind(METRICS, section, "evals.metrics", ("sets",)) for section in metrics]
     (train, train_labels), (test, test_labels) = _split(data, "train"), _split(data, "test")
-    generated = quantise(images, "generated images")
+    generated = quantise(images, "generated images", sampled)
     if not train.shape[1:] == test.shape[1:] == generated.shape[1:]:
         raise ConfigError(f"image shapes differ: generated {generated.shape[1:]}, train {train.shape[1:]}, test {test.shape[1:]}")
     count = int(processes.gather(np.array([len(generated)])).sum())

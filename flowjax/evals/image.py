@@ -13,10 +13,11 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(127.5 * (np.asarray(x, np.float64) + 1) + 0.5), 0, 255).astype(np.uint8)
 
 
-def quantise(x: np.ndarray, where: str = "images") -> np.ndarray:
+def quantise(x: np.ndarray, where: str = "images", sampled: bool = False) -> np.ndarray:
     """uint8 (N, H, W, C) of float images in [-1, 1]: applied ONCE, so that samples are judged as the 8-bit files they become.
 
-    A model may overshoot [-1, 1] and is clipped. What cannot be in this range (integers, NaN, nothing negative) is refused.
+    A model may overshoot [-1, 1] and is clipped. What cannot be in this range (integers, NaN) is refused, and so are images without one
+    negative value, which most likely are in [0, 1]; unless they are `sampled` here, by a network that may have come to draw nothing else.
     """
     x = np.asarray(x)
     if x.ndim != 4:
@@ -26,7 +27,7 @@ def quantise(x: np.ndarray, where: str = "images") -> np.ndarray:
     bad = ~np.isfinite(x).all(axis=(1, 2, 3))
     if bad.any():
         raise ConfigError(f"{where}: {bad.sum()} of {len(x)} hold NaN or infinite values, the first is number {bad.argmax()}")
-    if x.size and x.min() >= 0 and x.max() > 0:
+    if not sampled and x.size and x.min() >= 0 and x.max() > 0:
         raise ConfigError(f"{where} must be in [-1, 1], got [{x.min():g}, {x.max():g}]: not a single negative value")
     return to_uint8(x)
 

@@ -102,7 +102,7 @@ class Panel:
         if len(self.this.image_shape()) != 3:
             raise ConfigError(f"panel.metrics look at images, and samples have the shape {tuple(self.this.image_shape())}; set it to ()")
         data = evals.real(section["data"] or self.this.config["data"], {} if section["data"] else self.this.pipeline.manifest, section)
-        settings = {k: section[k] for k in ("features", "judge")} | {"metrics": self.section["metrics"], "seed": self.section["seed"]}
+        settings = {k: section[k] for k in ("features", "judge")} | {"metrics": self.section["metrics"], "seed": self.section["seed"], "sampled": True}
         return told, (data, settings)
 
     def _look(self):
