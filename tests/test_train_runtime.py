@@ -70,22 +70,24 @@ from flowjax.train import runtime
 
 if {setup}:
     runtime.setup()
-step = jax.jit(lambda x: jax.lax.fori_loop(0, 3, lambda i, v: v[::-1] + v.T, x))
-x = jax.numpy.ones((4096, 4096))  # 64 MiB, as is every sum
-for _ in range(10):  # the first ones grow the heap
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 2, lambda i, v: v[::-1] + v, x))
+x = jax.numpy.ones((3072, 3072))  # 36 MiB, as is every sum
+faults = []
+for _ in range(25):  # the first ones grow the heap, and where its blocks lie can make another one do so later
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is of glibc's malloc")
 def test_a_step_on_a_cpu_reuses_its_memory():
-    """A program that allocates two arrays of 64 MiB at each call asks the kernel for their pages at each call, unless malloc keeps them."""
+    """A program that allocates arrays of 36 MiB at each call asks the kernel for their pages at each call, unless malloc keeps them."""
 
     def faults(setup):
         run = subprocess.run([sys.executable, "-c", FAULTS.format(setup=setup)], capture_output=True, text=True, check=True, cwd=ROOT)
         return int(run.stdout)
 
-    assert faults(False) >= 2**15  # pages of 4 KiB
+    assert faults(False) >= 2**13  # pages of 4 KiB
     assert faults(True) < 100
