@@ -5,7 +5,7 @@
     python -m tools.win_rate --checkpoint=runs/digits_refl --against=runs/digits --reward=ink
 
 Starts from runs/digits, and flow matching on the data holds it back. DRaFT-K:
---config.objective.through=3 --config.objective.late=1. What it reaches has not been measured yet.
+--config.objective.through=3 --config.objective.late=1. What it reaches, with a greater strength: experiments/studies/results/rewards.md.
 """
 
 from configs import digits
