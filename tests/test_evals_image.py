@@ -120,3 +120,12 @@ def test_fine_share():
     blurred = (noise + np.roll(noise, 1, 1) + np.roll(noise, 1, 2) + np.roll(noise, (1, 1), (1, 2))) / 4
     assert image.fine_share(noise) == pytest.approx(1 - 80 / 255, abs=0.02)  # 9 x 9 of 16 x 16 frequencies are low, the mean not counted
     assert image.fine_share(blurred) < 0.6 * image.fine_share(noise)
+
+
+def test_images_without_a_negative_value_are_judged_only_where_their_range_is_known():
+    white = np.full((2, 4, 4, 1), 0.5)
+    with pytest.raises(ConfigError, match="not a single negative value"):
+        image.quantise(white)
+    np.testing.assert_array_equal(image.quantise(white, sampled=True), np.full(white.shape, 191, np.uint8))  # floor(127.5 x 1.5 + 1/2)
+    with pytest.raises(ConfigError, match="2 of 2 hold NaN"):
+        image.quantise(white * np.nan, sampled=True)

@@ -26,7 +26,7 @@ def main():
     role, params, info = sampling.load()
     seed, chosen = sampling.seed(info), sampling.options(info)
     count, cond, prompts = sampling.asked(checkpoint, info, sampling.COUNT.value)
-    x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
+    x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value), sampled=True)
     said = {k: np.asarray(v) for k, v in cond.items() if k == "label"} | ({"caption": prompts} if prompts else {})
     rows = (("train", f"image {i}", {"image": x[i], **{k: v[i] for k, v in said.items()}}) for i in range(count))
     source = {"checkpoint": str(checkpoint), "step": info["step"], "weights": info["weights"], "seed": seed, **sampling.told(chosen)}

@@ -64,7 +64,7 @@ class Candidates:
 
         make = generator.build(self.role, self.params, self.info, self.checkpoint, self.chosen)
         cond = {name: np.repeat(v, self.k, axis=0) for name, v in self.cond.items()}
-        x = image.quantise(make(cond, self.count * self.k, self.seed, sampling.BATCH.value))
+        x = image.quantise(make(cond, self.count * self.k, self.seed, sampling.BATCH.value), sampled=True)
         return x.reshape(self.count, self.k, *x.shape[1:])
 
 

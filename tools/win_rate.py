@@ -40,7 +40,7 @@ def main():
     wanted = asked({name: (places[name], info) for name, (*_, info) in loaded.items()}, count)
     for name, (role, params, info) in loaded.items():
         checkpoint, chosen, (cond, prompts) = places[name], sampling.options(info), wanted[name]
-        x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value))
+        x = image.quantise(generator.build(role, params, info, checkpoint, chosen)(cond, count, seed, sampling.BATCH.value), sampled=True)
         scores[name] = score(x, cond.get("label"), prompts)
         out[name] = {"checkpoint": checkpoint, "step": info["step"], "reward": float(scores[name].mean()), "sampling": sampling.told(chosen)}
         if name == "against":

@@ -24,7 +24,7 @@ def pairs(seed: int, workdir, count: int = 1000):
     out = workdir / "pairs"
     if not out.exists():
         labels = np.repeat(protocol.labels(count, 10, "balanced", 100 + seed), 4)
-        x = image.quantise(common.samples(workdir, labels, seed=100 + seed, **UNGUIDED))
+        x = image.quantise(common.samples(workdir, labels, seed=100 + seed, **UNGUIDED), sampled=True)
         scores = rewards.reward("ink", x, labels).reshape(-1, 4)
         win, lose, kept = rewards.best_and_worst(x.reshape(-1, 4, *x.shape[1:]), scores)
         write_preferences(out, win, lose, labels[::4][kept], 10, {"reward": "ink", "seed": 100 + seed})
@@ -87,7 +87,7 @@ def main():
         ))  # fmt: skip
         tuned0 = tuned if s == 0 else tuned0
         labels = protocol.labels(1000, 10, "balanced", 200 + s)
-        before, after = (image.quantise(common.samples(d, labels, seed=200 + s, **UNGUIDED)) for d in (w, tuned))
+        before, after = (image.quantise(common.samples(d, labels, seed=200 + s, **UNGUIDED), sampled=True) for d in (w, tuned))
         real = common.real(w)["train"]
         svm = agreement.judge("svm", image.quantise(real["x"]), real["label"])
         agree = [agreement.agreement(x, labels, svm)["agreement"] for x in (before, after)]

@@ -107,7 +107,7 @@ def figures(workdir: pathlib.Path, how: dict) -> dict:
     labels = protocol.labels(COUNT.value, 10, "balanced", 0)
     x = common.samples(workdir, labels, **how)
     frechet = common.frechet(evaluate(x, labels, real, {"metrics": ("frechet",), "features": ("pixels",), "seed": 0, "sampled": True}))
-    stored = image.quantise(x)
+    stored = image.quantise(x, sampled=True)
     seen = agreement.judge("svm", image.quantise(real["train"]["x"]), real["train"]["label"])(stored) == labels
     subject = arrays(SUBJECT)["x"].reshape(5, 1, -1)
     near = np.square(subject - np.clip(x[labels == 3], -1, 1).reshape(1, -1, 64)).mean(-1).min(0)

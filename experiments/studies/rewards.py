@@ -120,7 +120,7 @@ def win_rate(workdir, teacher, seed: int) -> float:
 
     labels = protocol.labels(100 if TINY.value else 500, 10, "balanced", 200 + seed)
     drawn = [common.samples(d, labels, seed=200 + seed, steps=10, **digits.UNGUIDED) for d in (workdir, teacher)]
-    ink = [rewards.reward("ink", image.quantise(x), labels) for x in drawn]
+    ink = [rewards.reward("ink", image.quantise(x, sampled=True), labels) for x in drawn]
     return 100 * rewards.win_rate(*ink)
 
 
