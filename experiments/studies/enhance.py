@@ -59,8 +59,8 @@ def main():
     from flowjax.evals import retrieval
     from flowjax.train import export, generator
 
-    data = emoji.DATA.value
-    judge = (lambda loaded: loaded[0].net(loaded[1]))(export.load(common.train("emoji_clip", common.config("emoji_clip", data))))
+    data = emoji.data()
+    judge = emoji.judge()
     pairs = pathlib.Path(common.RUNS.value).absolute() / "emoji_pairs"
     if not pairs.exists():
         common.binary("tools.make_caption_pairs", f"--path={pathlib.Path(data).absolute()}", f"--out={pairs}")
