@@ -18,8 +18,10 @@ LATENTS = 4000  # of which the moments are taken
 PRIORS = {
     "plain autoencoder": {"kl_weight": 0.0, "sample": False},
     "KL weight 0.01": {},
+    "KL weight 0.1": {"kl_weight": 0.1},
     "KL weight 1": {"kl_weight": 1.0},
 }
+ADVERSARIAL = (0.1, 0.5)  # weights of the discriminator's term, before the adaptive one
 PATCH_GAN = {"name": "patch_gan", "channels": 16, "layers": 2, "groups": 4}
 ADAM = {"name": "adamw", "b1": 0.5, "b2": 0.9, "decay": 0.0, "schedule": {"name": "constant", "rate": 2e-4}}
 RATE = {"name": "adamw", "schedule": {"name": "constant", "rate": 5e-4}, "clip": 1.0}
@@ -37,13 +39,13 @@ def prior(name, seed):
     return common.train(f"autoencoders/{slug}/{seed}", settings(seed, steps=STEPS, objective=PRIORS[name]))
 
 
-def continued(against, seed):
-    """MORE steps from the second of PRIORS, with or without a discriminator, both at one constant rate."""
+def continued(weight, seed):
+    """MORE steps from the second of PRIORS, against a discriminator with this weight or, 0, alone, all at one constant rate."""
     roles, objective = {"net": {"checkpoint": str(prior("KL weight 0.01", seed))}}, {"name": "vae", "reconstruction": "l1", "kl_weight": 1e-2}
-    if against:
-        objective |= {"name": "vae_gan", "start": 0, "adversarial_weight": 0.5}
+    if weight:
+        objective |= {"name": "vae_gan", "start": 0, "adversarial_weight": weight}
         roles["discriminator"] = {"model": PATCH_GAN, "optimizer": ADAM}
-    where = f"autoencoders/continued_{'gan' if against else 'alone'}/{seed}"
+    where = f"autoencoders/continued_{f'gan_{weight:g}' if weight else 'alone'}/{seed}"
     return common.train(where, settings(seed, steps=MORE, objective=objective, roles=roles, optimizer=RATE))
 
 
@@ -151,10 +153,8 @@ def main():
         "at comparable PSNR, nearer in features.", "",
     ]  # fmt: skip
     rows = []
-    for name, run in (
-        ("both begin here", functools.partial(prior, "KL weight 0.01")), ("without", functools.partial(continued, False)),
-        ("with the discriminator", functools.partial(continued, True)),
-    ):  # fmt: skip
+    ways = {"all begin here": functools.partial(prior, "KL weight 0.01"), "without": functools.partial(continued, 0.0)}
+    for name, run in (ways | {f"with, weight {w:g}": functools.partial(continued, w) for w in ADVERSARIAL}).items():
         found = [images(run(seed)) for seed in seeds]
         rows.append([name, *(spread(found, k) for k in ("psnr", "sharpness")), spread(found, "perceptual", 100), spread(found, "rfd")])
     text.append(common.table("autoencoders_gan", ["", "PSNR", "sharpness", "perceptual, %", "rFD"], rows))
