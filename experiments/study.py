@@ -20,6 +20,8 @@ STUDIES = {
     "autoencoders": "what the prior does to latents, and a discriminator to images",
     "emoji": "emoji from captions",
     "enhance": "short prompts for emoji, rewritten by template and by a language model",
+    "lora": "quality over the rank of an adapter, and all weights",
+    "personal": "DreamBooth on emoji: the subject, and what is left of its class",
     "lifecycle": "one network from pre-training to a two-step student, stage by stage",
     "plans": "what pods would do, compiled without one",
 }
