@@ -15,9 +15,10 @@ from flowjax.models import MODELS, build, denoiser, flops
 
 TEXT = {"vocab": 9, "length": 3, "width": 8, "depth": 1, "heads": 2}
 TINY = {
-    "name": "jit", "depth": 4, "width": 16, "heads": 2, "patch": 2, "bottleneck": 5, "context_from": 2, "class_tokens": 3, "attention": "xla",
+    "name": "jit", "depth": 4, "width": 16, "heads": 2, "patch": 2, "bottleneck": 5, "attention": "xla",
 }  # fmt: skip
-CONDITIONS = {"label": {"num_classes": 4}, "text": {"text_encoder": TEXT}, "both": {"num_classes": 4, "text_encoder": TEXT}, "none": {}}
+LABELLED, CAPTIONED = {"num_classes": 4, "class_tokens": 3, "context_from": 2}, {"text_encoder": TEXT, "context_from": 2}
+CONDITIONS = {"label": LABELLED, "text": CAPTIONED, "both": {**LABELLED, **CAPTIONED}, "none": {}}
 X = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
 T = jnp.asarray([0.2, 0.7])
 LABEL, TOKENS = jnp.asarray([1, 3]), jnp.asarray([[3, 8, 0], [2, 1, 4]])
@@ -221,9 +222,22 @@ def test_sharded_equals_one_device(kind):
     ],
 )
 def test_bad_fields_are_named(fields, message):
-    net = build({**TINY, "num_classes": 4, **fields})
+    net = build({**TINY, **LABELLED, **fields})
     with pytest.raises(ConfigError, match=message):
         jax.eval_shape(net.init, jax.random.key(0), X, T, cond_of("both"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"class_tokens": 3, "text_encoder": TEXT}, "model.class_tokens = 3 does nothing without model.num_classes"),
+        ({"class_tokens": 3}, "model.class_tokens = 3 does nothing"),
+        ({"context_from": 2}, "model.context_from = 2 does nothing without model.num_classes or model.text_encoder; leave it out"),
+    ],
+)
+def test_fields_that_do_nothing_are_named(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        build({**TINY, **fields})
 
 
 @pytest.mark.parametrize(("kind", "missing"), [("label", "label"), ("text", "tokens")])

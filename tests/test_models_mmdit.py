@@ -18,9 +18,14 @@ from flowjax.models.dit import patchify, unpatchify
 from flowjax.models.mmdit import MMDiT, grid_sincos
 from flowjax.models.remat import REMAT
 
-TINY = {"name": "mmdit", "depth": 3, "width": 24, "heads": 3, "qk_norm": True, "table": 8, "base": 8, "attention": "xla"}
+TINY = {"name": "mmdit", "depth": 3, "width": 24, "heads": 3, "qk_norm": True, "attention": "xla"}
+TABLE = {"table": 8, "base": 8}
 ENCODER = {"vocab": 11, "length": 6, "width": 16, "depth": 1, "heads": 2}
 B = 3
+
+
+def tiny(**fields):
+    return build({**TINY, **({} if fields.get("positions") == "rope" else TABLE), **fields})
 
 
 def inputs(height=6, width=10, channels=3, tokens=False):
@@ -36,7 +41,7 @@ def cached(fields):
     fields = dict(fields)
     if fields.pop("encoder", False):
         fields["text_encoder"] = ENCODER
-    net = build({**TINY, **fields})
+    net = tiny(**fields)
     params = randomise(shapes(net, *inputs(tokens=net.text_encoder is not None)))
     return net, params, jax.jit(lambda params, *args: net.apply({"params": params}, *args))
 
@@ -93,7 +98,7 @@ def test_operations_of_one_layer_more():
     text, tokens, d = 7, 15, 24
 
     def macs(**fields):
-        net = build({**TINY, **fields})
+        net = tiny(**fields)
         params = shapes(net, *inputs())
         return flops.count(lambda p: net.apply({"params": p}, *inputs()), params) / 2 / B
 
@@ -186,7 +191,7 @@ def test_text_is_a_set_of_embeddings_whose_order_the_encoder_knows():
     [{"dual": 1}, {"patch": 5, "positions": "rope", "qk_norm": False}, {"depth": 1, "out_channels": 4}],
 )
 def test_output_is_zero_at_init_and_shaped_like_the_input(fields):
-    net = build({**TINY, **fields})
+    net = tiny(**fields)
     size = (10, 15) if net.patch == 5 else (6, 10)
     y = jax.jit(lambda: net.init_with_output(jax.random.key(0), *inputs(*size))[0])()
     assert y.shape == (B, *size, fields.get("out_channels", 3)) and y.dtype == jnp.float32
@@ -194,7 +199,7 @@ def test_output_is_zero_at_init_and_shaped_like_the_input(fields):
 
 
 def test_what_is_zero_at_init_and_what_is_not():
-    net = build({**TINY, "width": 96, "text_encoder": ENCODER})
+    net = tiny(width=96, text_encoder=ENCODER)
     params = meta.unbox(jax.jit(net.init)(jax.random.key(0), *inputs(tokens=True))["params"])
     for path, leaf in jax.tree.leaves_with_path(params):
         name = jax.tree_util.keystr(path)
@@ -389,6 +394,7 @@ def test_sharded_equals_one_device_with_its_own_text_encoder():
         ({"dual": 3}, "model.dual = 3 must be less than model.depth = 3"),
         ({"dual": -1}, "model.dual = -1"),
         ({"table": 4}, "model.table = 4 patches of 2 are less than the image, 6 x 10; .*'rope'"),
+        ({"positions": "rope", "base": 32}, "model.base = 32 does nothing with model.positions = 'rope'; leave it out"),
         ({"positions": "sincos"}, "model.positions = 'sincos' is unknown; valid: cropped, rope, table"),
         ({"remat": "some"}, "model.remat = 'some' is unknown"),
         ({"text_encoder": {**ENCODER, "wdth": 3}}, "model.text_encoder.wdth is unknown; valid: vocab"),
@@ -397,7 +403,7 @@ def test_sharded_equals_one_device_with_its_own_text_encoder():
 )
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ConfigError, match=message):
-        jax.eval_shape(build({**TINY, **fields}).init, jax.random.key(0), *inputs())
+        jax.eval_shape(tiny(**fields).init, jax.random.key(0), *inputs())
 
 
 def test_missing_text_is_named():

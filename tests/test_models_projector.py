@@ -131,9 +131,9 @@ def test_dropout_reaches_the_projected_state():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{}, {"projector": {**HEAD, "conv": True, "features": 6}}])
+@pytest.mark.parametrize("fields", [{"projector": {**HEAD, "hidden": 8}}, {"projector": {"layer": 2, "conv": True, "features": 6}}])
 def test_sharded_equals_one_device(fields):
-    net = build({**NETS["dit"], "projector": {**HEAD, "hidden": 8}, **fields})
+    net = build({**NETS["dit"], **fields})
 
     class Both:
         init = net.init
@@ -153,6 +153,7 @@ def test_sharded_equals_one_device(fields):
         ({**HEAD, "layer": 4}, "model.projector.layer = 4; valid: 1 to 3"),
         ({**HEAD, "size": 4}, "model.projector.size is unknown; valid: layer, features, hidden, conv"),
         ({"layer": 1}, "model.projector lacks features"),
+        ({**HEAD, "conv": True, "hidden": 8}, "model.projector.hidden = 8 does nothing with model.projector.conv"),
         ({**HEAD, "dtype": "float32"}, "model.projector.dtype is unknown"),
     ],
 )

@@ -14,7 +14,7 @@ from flowjax.train.assembly import Run
 
 TEXT = {"name": "bytes", "length": 6}
 ENCODER = {"vocab": 257, "length": 6, "width": 8, "depth": 1, "heads": 2}
-JIT = {"name": "jit", "depth": 2, "width": 16, "heads": 2, "patch": 4, "bottleneck": 4, "context_from": 1, "class_tokens": 1}
+JIT = {"name": "jit", "depth": 2, "width": 16, "heads": 2, "patch": 4, "bottleneck": 4, "context_from": 1}
 
 
 @pytest.fixture(scope="module")

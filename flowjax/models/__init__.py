@@ -64,13 +64,18 @@ def build(section: Mapping[str, Any] | str, where: str = "model") -> nn.Module:
     """
     name, settings = split(section, where)
     module = lookup(MODELS, name, f"{where}.name")
+    given = [*settings]
     if preset := settings.pop("preset", None):
         fixed = lookup(getattr(module, "presets", {}), preset, f"{where}.preset")
         for key in fixed.keys() & settings.keys():
             if settings[key] != fixed[key]:
                 raise ConfigError(f"{where}.{key} = {settings[key]!r} contradicts preset {preset!r}, where it is {fixed[key]!r}")
         settings = {**settings, **fixed}
-    return module(**check(module, settings, where, given=("parent", "name")))
+    net = module(**check(module, settings, where, given=("parent", "name")))
+    for key, why in getattr(net, "unread", {}).items():
+        if key in given:
+            raise ConfigError(f"{where}.{key} = {settings[key]!r} does nothing {why}; leave it out")
+    return net
 
 
 def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Callable | None = None) -> Model:

@@ -77,6 +77,12 @@ class JiT(nn.Module):
         """Whether there is a condition that can be left out."""
         return bool(self.num_classes or self.text_encoder)
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Fields that do nothing beside the others, and why."""
+        found = {} if self.num_classes else {"class_tokens": "without model.num_classes"}
+        return found | ({} if self.has_null else {"context_from": "without model.num_classes or model.text_encoder"})
+
     def null(self, cond):
         """The empty condition: the extra row of the label table, a prompt that is all padding."""
         empty = {"label": jnp.full_like(cond["label"], self.num_classes)} if self.num_classes else {}

@@ -262,6 +262,11 @@ class MMDiT(nn.Module):
             image_at_tap = kept[1] if here else image_at_tap
         return streams[1], image_at_tap
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Fields that do nothing beside the others, and why."""
+        return dict.fromkeys(("table", "base"), "with model.positions = 'rope'") if self.positions == "rope" else {}
+
     def _check(self, height: int, width: int):
         lookup(dict.fromkeys(POSITIONS), self.positions, "model.positions")
         check_sizes(self, height, width)

@@ -44,6 +44,8 @@ def build(section, depth: int, dtype: str) -> Projector:
     """The submodule "projector" of a network of `depth` layers; to be called in its compact method."""
     if section is None:
         raise config.ConfigError("model.projector is missing: a section such as {'layer': 8, 'features': 768}")
+    if section.get("conv") and "hidden" in section:
+        raise config.ConfigError(f"model.projector.hidden = {section['hidden']} does nothing with model.projector.conv; leave it out")
     fields = config.check(Projector, section, "model.projector", given=("parent", "name", "dtype"))
     if not 1 <= fields["layer"] <= depth:
         raise config.ConfigError(f"model.projector.layer = {fields['layer']}; valid: 1 to {depth}")
