@@ -52,7 +52,7 @@ class _Common(NamedTuple):
     resize: shorter side, centre crop; pad: then a black border up to this size; flip: left and right, by chance.
     text: the tokenizer of the captions, "" for none. An image may have several captions: one is chosen at "random" each time it
     is shown, or always the "first"; with curriculum = n the choice begins with the shortest and widens to all of them over the
-    first n examples of the shuffled stream; held-out examples, in order, are shown with all.
+    first n examples of the shuffled stream (of each bucket, of each part of a mixture); held-out examples are shown with all.
     expect_shape, expect_classes and expect_cond ({name: shape}, labels apart) say what the finished examples must be; with
     them a run can be planned without the data.
     """
