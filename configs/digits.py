@@ -4,18 +4,18 @@
     python -m experiments.evaluate --checkpoint=runs/digits
 """
 
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     return config_dict(
         steps=4 if smoke else 2000,
         batch_size=16 if smoke else 128,
         data={"name": "digits"},
         model={
-            "name": "dit", "patch": 2, "width": 32 if smoke else 96, "depth": 2 if smoke else 4, "heads": 2 if smoke else 4,
+            "name": "dit", "patch": 2, "width": 32 if smoke else 96, "depth": 1 if smoke else 4, "heads": 2 if smoke else 4,
             "num_classes": 10,
             # Four layers compile fast enough unrolled, and a CPU then copies no stacked activations (a third less time a step).
             "scan": False,

@@ -10,12 +10,12 @@ teaches; LADD's looks at noisy ones with the features of runs/digits, which stay
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network, "features" or "latent" for the other ways; "smoke:latent" for both."""
-    ways = arg.split(":")
+    ways = words(arg, "smoke", "features", "latent")
     smoke = "smoke" in ways
     base = digits.get_config("smoke" if smoke else "").to_dict()
     adam = {"name": "adamw", "b1": 0.0, "b2": 0.99, "clip": 1.0, "schedule": {"name": "constant", "rate": 2e-4, "warmup": 1 if smoke else 50}}

@@ -14,14 +14,14 @@ card.txt says which checkpoint and weights these are, what learns at which rate,
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 OLD, NEW = (0, 1, 2, 3, 4), (5, 6, 7, 8, 9)
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps. The network is that of configs/digits.py."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     base = digits.get_config(arg).to_dict()
     return config_dict(
         **base

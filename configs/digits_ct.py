@@ -4,12 +4,12 @@
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     base = digits.get_config(arg).to_dict()
     steps = 4 if smoke else 4000
     return config_dict(

@@ -9,12 +9,12 @@ teacher, runs/digits; the fake takes five steps for each of the generator's.
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network."""
-    smoke, base = arg == "smoke", digits.get_config(arg).to_dict()
+    smoke, base = bool(words(arg, "smoke")), digits.get_config(arg).to_dict()
     adam = {"name": "adamw", "b1": 0.0, "b2": 0.99, "decay": 0.0, "clip": 1.0, "schedule": {"name": "constant", "rate": 2e-4, "warmup": 1 if smoke else 50}}
     return config_dict(
         **base

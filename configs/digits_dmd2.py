@@ -9,11 +9,12 @@ configs/digits_dmd.py, with a third player that begins as the teacher, runs/digi
 
 from configs import digits, digits_dmd
 from configs.digits_lora import KERNELS
+from flowjax.train.settings import words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network, "lora" for an adapter; "smoke:lora" for both."""
-    ways = arg.split(":")
+    ways = words(arg, "smoke", "lora")
     size = "smoke" if "smoke" in ways else ""
     config, base = digits_dmd.get_config(size), digits.get_config(size).to_dict()
     with config.unlocked():

@@ -8,12 +8,12 @@ The teacher, from which the student also starts (all but the embedding of the sc
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps. The student has the teacher's network and the input."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     base = digits.get_config(arg).to_dict()
     return config_dict(
         **base

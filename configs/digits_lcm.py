@@ -9,12 +9,12 @@ With "lora" (LCM-LoRA, 2311.05556) the student is an adapter of the teacher, wit
 
 from configs import digits
 from configs.digits_lora import KERNELS
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network, "lora" for an adapter; "smoke:lora" for both."""
-    ways = arg.split(":")
+    ways = words(arg, "smoke", "lora")
     smoke, base = "smoke" in ways, digits.get_config("smoke" if "smoke" in ways else "").to_dict()
     adapter = {"lora": {"pattern": KERNELS, "rank": 2 if smoke else 16, "alpha": 2.0 if smoke else 16.0}} if "lora" in ways else {}
     return config_dict(

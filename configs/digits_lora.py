@@ -10,14 +10,14 @@ magnitudes too.
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 KERNELS = r"^block_\d+/(attn|mlp)/\w+/kernel$"
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps. The network is that of configs/digits.py."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     base = digits.get_config(arg).to_dict()
     lora = {"pattern": KERNELS, "rank": 2 if smoke else 8, "alpha": 2.0 if smoke else 8.0, "dora": False}
     return config_dict(

@@ -8,12 +8,12 @@ runs/digits.
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network, "parameters" for the form without an auxiliary; "smoke:parameters" for both."""
-    ways = arg.split(":")
+    ways = words(arg, "smoke", "parameters")
     smoke, base = "smoke" in ways, digits.get_config("smoke" if "smoke" in ways else "").to_dict()
     name, roles = ("parameter_moment_matching", ("teacher", "net")) if "parameters" in ways else ("moment_matching", ("teacher", "net", "auxiliary"))
     adam = {"name": "adamw", "b1": 0.0, "b2": 0.99, "clip": 1.0, "schedule": {"name": "cosine", "rate": 2e-4, "warmup": 1 if smoke else 50}}

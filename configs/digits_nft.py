@@ -9,12 +9,12 @@ reaches, with a weaker anchor: experiments/studies/results/rewards.md.
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network."""
-    smoke, base = arg == "smoke", digits.get_config(arg).to_dict()
+    smoke, base = bool(words(arg, "smoke")), digits.get_config(arg).to_dict()
     return config_dict(
         **base
         | {

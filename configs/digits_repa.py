@@ -10,12 +10,12 @@ The alignment ends in the middle of the run (HASTE, 2505.16792), and with it the
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network."""
-    smoke, base = arg == "smoke", digits.get_config(arg).to_dict()
+    smoke, base = bool(words(arg, "smoke")), digits.get_config(arg).to_dict()
     projector = {"layer": 1, "features": 24, "hidden": 32} if smoke else {"layer": 2, "features": 64, "hidden": 256}
     return config_dict(
         **base

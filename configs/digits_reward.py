@@ -13,12 +13,12 @@ train split's labels round.
 """
 
 from configs import digits_classifier
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     backbone = digits_classifier.get_config("smoke" if smoke else "clean").to_dict()["model"] | {"time": False}
     return config_dict(
         steps=4 if smoke else 400,

@@ -8,12 +8,12 @@ The student does not begin as the teacher: its time is not multiplied by 1,000, 
 """
 
 from configs import digits
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps of a tiny network, "training" for no teacher, "smoke:training" for both."""
-    ways = arg.split(":")
+    ways = words(arg, "smoke", "training")
     smoke, alone = "smoke" in ways, "training" in ways
     base = digits.get_config("smoke" if smoke else "").to_dict()
     objective = {

@@ -8,12 +8,15 @@ The towers' attention blocks are frozen (ImageReward freezes most of its layers 
 """
 
 from configs import emoji_clip
+from flowjax.config import ConfigError
 from flowjax.train.settings import config_dict
 
 
 def get_config(arg: str = "data/emoji_pairs,data/emoji"):
     """arg: directories of the preferences and of the data whose tokenizer.json the towers read, "smoke:" before them for a few steps."""
     smoke, paths = arg.startswith("smoke:"), arg.removeprefix("smoke:")
+    if paths.count(",") != 1:
+        raise ConfigError(f"configs/emoji_reward.py:{arg} should name two data sets with a comma between: the pairs and the images")
     pairs, data = paths.split(",")
     towers = emoji_clip.get_config(f"smoke:{data}" if smoke else data).to_dict()
     return config_dict(

@@ -3,12 +3,12 @@
     python -m experiments.train --config=configs/mix4.py --workdir=runs/mix4
 """
 
-from flowjax.train.settings import config_dict
+from flowjax.train.settings import config_dict, words
 
 
 def get_config(arg: str = ""):
     """arg: "smoke" for a few steps."""
-    smoke = arg == "smoke"
+    smoke = bool(words(arg, "smoke"))
     return config_dict(
         steps=4 if smoke else 3000,
         batch_size=64 if smoke else 1024,

@@ -15,7 +15,7 @@ def get_config(arg: str = "data/mnist"):
         batch_size=8 if smoke else 128,
         data={"name": "array_record", "path": path, "pad": 32},
         model={
-            "name": "dit", "patch": 2, "width": 32 if smoke else 96, "depth": 2 if smoke else 4, "heads": 2 if smoke else 4,
+            "name": "dit", "patch": 2, "width": 32 if smoke else 96, "depth": 1 if smoke else 4, "heads": 2 if smoke else 4,
             "num_classes": 10, "scan": False,
         },
         objective={"name": "flow_matching", "time": {"name": "logit_normal", "stratified": True}, "label_drop": 0.1},

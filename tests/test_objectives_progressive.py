@@ -98,3 +98,8 @@ def test_refusals():
         objectives.build({"name": "progressive_distillation", "steps": 1}).rollout(nets, batch, jax.random.key(0))
     with pytest.raises(ConfigError, match="objective.steps = 0"):
         objectives.build({"name": "progressive_distillation", "steps": 0}).rollout({**nets, "teacher": nets["net"]}, batch, jax.random.key(0))
+    asks, batch = Model(None, RF, "velocity", guidance_embed=True), {"x": jnp.ones((2, 1)), "cond": {}}
+    for net, teacher, message in ((asks, nets["net"], "roles.teacher takes no scale"), (nets["net"], asks, "set model.guidance_embed = True")):
+        with pytest.raises(ConfigError, match=message):
+            stage = objectives.build({"name": "guided_progressive_distillation", "steps": 1})
+            stage.rollout({"net": net, "teacher": teacher}, batch, jax.random.key(0))

@@ -129,6 +129,28 @@ def progressive_distillation():
     return lambda k: bound.players[0].loss({"net": student(k)}, batch, None)[0], optimum, optimum + jnp.asarray([0.1, -0.2])
 
 
+def guided_progressive_distillation():
+    """The same of a teacher whose velocity is w times that, for every w: the student's is a square of w with known coefficients."""
+    n, h = 2, 0.25
+    bound = objectives.build({"name": "guided_progressive_distillation", "steps": n})
+    plain = exact.gaussian([0.0], 0.25).model(RF)
+    teacher = Model(lambda x_t, t, cond, key: cond["guidance"][:, None] * plain(x_t, t, {}), RF, "velocity", guidance_embed=True)
+
+    def student(k):
+        def apply(x_t, t, cond, key):
+            w, row = cond["guidance"].astype(k.dtype), k.reshape(n, 2)[jnp.round(t * n).astype(int) - 1]
+            return (row[:, 0] * w + row[:, 1] * w**2)[:, None] * x_t
+
+        return Model(apply, RF, "velocity", guidance_embed=True)
+
+    x = jax.random.normal(jax.random.key(0), (16, 1)) / 2
+    batch = bound.rollout({"net": student(jnp.zeros(2 * n)), "teacher": teacher}, {"x": x, "cond": {}}, jax.random.key(1))
+    assert np.ptp(batch["cond"]["guidance"]) > 2
+    t = np.array([0.5, 1.0])
+    optimum = jnp.asarray(np.stack([n * h * (slope(t) + slope(t - h)), -n * h**2 * slope(t) * slope(t - h)], 1).ravel())
+    return lambda k: bound.players[0].loss({"net": student(k)}, batch, None)[0], optimum, optimum + jnp.asarray([0.1, 0.02, -0.2, 0.1])
+
+
 def gaussian_map(x_t, t, step):
     """The mean velocity of data N(0, 1/4) over a step: the flow multiplies by the ratio of standard deviations."""
     std = lambda t: jnp.sqrt((1 - t) ** 2 / 4 + t**2)  # noqa: E731
@@ -666,6 +688,7 @@ CASES = {
     "consistency_distillation": consistency_distillation,
     "consistency_training": consistency_training,
     "progressive_distillation": progressive_distillation,
+    "guided_progressive_distillation": guided_progressive_distillation,
     "distribution_matching": distribution_matching,
     "latent_consistency": latent_consistency,
     "scm_distillation": lambda: scm("scm_distillation"),

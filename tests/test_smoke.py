@@ -200,6 +200,10 @@ def test_digits_guidance_distillation(shell, digits):
     assert made["x"].shape == (4, 8, 8, 1) and json.loads(str(made["settings"]))["guidance"] == {"name": "embedded", "scale": 4.0}
     said = shell(*ask, "--guidance=none", "--out=gd/none", code=2)
     assert "needs cond['guidance']" in said and "'embedded'" in said and "Traceback" not in said
+    # Its second stage: fewer steps, the scale still an input.
+    halve = ("experiments.progressive", "--steps=2", "--teacher=gd", f"--config={ROOT}/configs/digits_pd.py:smoke:guided", "--workdir=gd_pd")
+    assert "done at step 4" in shell(*halve) and '"name": "embedded"' in (shell.home / "gd_pd/2/config.json").read_text()
+    assert "another set of conditions" in shell(*halve[:-2], f"--config={ROOT}/configs/digits_pd.py:smoke", "--workdir=gd_pd_0", code=2)
 
 
 def test_digits_progressive(shell, digits):

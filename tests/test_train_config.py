@@ -1,5 +1,6 @@
 """No config value is unread, no key is unknown: refusals at every level, and a visible effect of every default."""
 
+import importlib
 import json
 import pathlib
 
@@ -80,6 +81,17 @@ def test_unknown_is_refused_with_the_valid_ones(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         loop.run(tiny(**changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__"))
+def test_the_argument_of_a_config_is_used_or_refused(name):
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    try:
+        config = get_config("smok")
+    except ConfigError as error:
+        assert "smok" in str(error)
+    else:
+        assert "smok" in json.dumps(config.to_dict())  # a path of data
 
 
 WRONG = {

@@ -30,6 +30,7 @@ OBJECTIVES: dict[str, Objective] = {
     "scm_training": scm.TRAINING,
     "guidance_distillation": guidance_distillation.OBJECTIVE,
     "progressive_distillation": progressive.OBJECTIVE,
+    "guided_progressive_distillation": progressive.GUIDED,
     "distribution_matching": dmd.OBJECTIVE,
     "distribution_matching_gan": dmd.GAN,
     "adversarial_distillation": add.OBJECTIVE,

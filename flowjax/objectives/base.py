@@ -93,6 +93,15 @@ def guided(teacher, guidance):
     return teacher
 
 
+def guidance_scale(net, key, count: int, scale_min: float, scale_max: float):
+    """Scales of guidance (count,), uniform in [scale_min, scale_max], for a network that takes them as cond["guidance"]."""
+    if not net.guidance_embed:
+        raise ConfigError("this objective trains a network that takes the scale as an input: set model.guidance_embed = True")
+    if not scale_min <= scale_max:
+        raise ConfigError(f"objective.scale_max = {scale_max} should be at least objective.scale_min = {scale_min}")
+    return jax.random.uniform(key, (count,), jnp.float32, scale_min, scale_max)
+
+
 def drop_condition(net, cond, key, rate: float):
     """Replace each example's whole condition by the null condition with probability `rate` (2207.12598)."""
     return drop_rows(net, cond, key, rate)[0]

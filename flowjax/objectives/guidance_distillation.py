@@ -1,7 +1,7 @@
 """Guidance distillation: one call with the scale as an input learns what two calls of the teacher make (2210.03142 section 3.1).
 
-Notation map: our scale w is the paper's 1 + w, so its U[0, 4] is U[1, 5] here. What is learned is the first of its two stages; FLUX.1-dev
-has such an input as well.
+Notation map: our scale w is the paper's 1 + w, so its U[0, 4] is U[1, 5] here. What is learned is the first of its two stages, which
+guided_progressive_distillation goes on from; FLUX.1-dev has such an input as well.
 
     w ~ U[scale_min, scale_max],   u_w = u_0 + w (u_1 - u_0) of the teacher with the condition (1) and without (0)
     L = E omega(t) mean_dims ||net(x_t, t, cond, w) - sg u_w(x_t, t, cond)||^2
@@ -10,23 +10,17 @@ The student never goes without its condition: it has no null condition to be gui
 """
 
 import jax
-import jax.numpy as jnp
 
-from flowjax.config import ConfigError
 from flowjax.guidance import cfg
 from flowjax.objectives import flow_matching
-from flowjax.objectives.base import Objective, Player, same_meaning
+from flowjax.objectives.base import Objective, Player, guidance_scale, same_meaning
 
 
 def rollout(nets, batch, key, *, time="uniform", scale_min: float = 1.0, scale_max: float = 5.0):
     """What flow_matching draws, and a scale for each example, uniform in [scale_min, scale_max], which becomes cond["guidance"]."""
-    if not nets["net"].guidance_embed:
-        raise ConfigError("objective guidance_distillation trains a network that takes the scale as an input: set model.guidance_embed = True")
-    if not scale_min <= scale_max:
-        raise ConfigError(f"objective.scale_max = {scale_max} should be at least objective.scale_min = {scale_min}")
     key, key_scale = jax.random.split(key)
+    scale = guidance_scale(nets["net"], key_scale, len(batch["x"]), scale_min, scale_max)
     batch = flow_matching.rollout(nets, batch, key, time=time)
-    scale = jax.random.uniform(key_scale, batch["t"].shape, jnp.float32, scale_min, scale_max)
     return {**batch, "cond": {**batch["cond"], "guidance": scale}}
 
 

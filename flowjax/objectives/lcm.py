@@ -21,7 +21,7 @@ from flowjax import times
 from flowjax.config import ConfigError, keywords
 from flowjax.guidance import cfg
 from flowjax.objectives import consistency
-from flowjax.objectives.base import Objective, Player, same_meaning
+from flowjax.objectives.base import Objective, Player, guidance_scale, same_meaning
 from flowjax.paths import expand
 
 SIGMA_DATA = 0.5
@@ -30,18 +30,14 @@ SIGMA_DATA = 0.5
 def rollout(nets, batch, key, *, steps: int = 50, skip: int = 1, grid="uniform", scale_min: float = 3.0, scale_max: float = 15.0):
     """Draw times `skip` intervals of the `steps`-step grid apart, noise, and a scale for each example, which becomes cond["guidance"]."""
     net, teacher, n = nets["net"], nets["teacher"], len(batch["x"])
-    if not net.guidance_embed:
-        raise ConfigError("objective latent_consistency trains a network that takes the scale as an input: set model.guidance_embed = True")
     if not 1 <= skip <= steps:
         raise ConfigError(f"objective.skip = {skip} should be from 1 to objective.steps = {steps}")
-    if not scale_min <= scale_max:
-        raise ConfigError(f"objective.scale_max = {scale_max} should be at least objective.scale_min = {scale_min}")
     # From where both networks determine the image.
     narrowest = min(net.prediction, teacher.prediction, key=lambda name: times.interval(net.path, name)[1])
     ascending = jnp.asarray(times.grid(steps, net.path, prediction=narrowest, **keywords(grid))[::-1], jnp.float32)
     key_i, key_z, key_w = jax.random.split(key, 3)
     i = jax.random.randint(key_i, (n,), 0, steps + 1 - skip)
-    scale = jax.random.uniform(key_w, (n,), jnp.float32, scale_min, scale_max)
+    scale = guidance_scale(net, key_w, n, scale_min, scale_max)
     return {
         **batch,
         "t": ascending[i + skip], "s": ascending[i],

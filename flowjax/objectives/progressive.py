@@ -9,6 +9,9 @@ Notation map: time runs the same way; the paper's alpha, sigma are a, b.
 
 y(x~) is what a network of this prediction answers for x~; of velocity on the rectified path it is (x_t - x_s)/(t - s), the mean of
 the teacher's two. A student for N steps teaches that for N/2: `experiments.progressive` runs the stages.
+
+`GUIDED` is the second stage of 2210.03142 (section 3.2): teacher and student take the scale of guidance as an input, as networks of the
+objective guidance_distillation do, and are asked with one scale, drawn anew for each example.
 """
 
 import jax
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 from flowjax import predictions, times
 from flowjax.config import ConfigError, keywords
 from flowjax.objectives import flow_matching
-from flowjax.objectives.base import Objective, Player, guided, same_meaning
+from flowjax.objectives.base import Objective, Player, guidance_scale, guided, same_meaning
 from flowjax.paths import expand
 
 
@@ -57,6 +60,15 @@ def rollout(nets, batch, key, *, steps: int, grid="uniform", guidance="none"):
     return {**batch, "t": t, "x_t": x_t, "goal": implied(net.path, x_t, x_s, t, s)}
 
 
+def guided_rollout(nets, batch, key, *, steps: int, grid="uniform", scale_min: float = 1.0, scale_max: float = 5.0):
+    """`rollout` with a scale for each example, uniform in [scale_min, scale_max], which becomes cond["guidance"] of both networks."""
+    if not nets["teacher"].guidance_embed:
+        raise ConfigError("roles.teacher takes no scale as an input; objective guidance_distillation makes one that does")
+    key, key_scale = jax.random.split(key)
+    scale = guidance_scale(nets["net"], key_scale, len(batch["x"]), scale_min, scale_max)
+    return rollout(nets, {**batch, "cond": {**batch["cond"], "guidance": scale}}, key, steps=steps, grid=grid)
+
+
 def loss(nets, batch, key, *, weight="truncated_snr"):
     """Weighted regression on the goal; `weight` is a section of flowjax.weights. Metric `mse` is unweighted."""
     net, t, x_t = nets["net"], batch["t"], batch["x_t"]
@@ -65,3 +77,4 @@ def loss(nets, batch, key, *, weight="truncated_snr"):
 
 
 OBJECTIVE = Objective({"net": "trained", "teacher": "frozen"}, (Player("net", loss),), rollout)
+GUIDED = OBJECTIVE._replace(rollout=guided_rollout, conditions={"guidance": ()})

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from flowjax.config import ConfigError, keywords
 from flowjax.train import files, loop, settings
 
+OBJECTIVES = "progressive_distillation", "guided_progressive_distillation"
+
 
 def halvings(steps: list[str]) -> list[int]:
     """The numbers of steps; ConfigError unless each is half of the one before."""
@@ -33,8 +35,8 @@ def stage(base: dict, steps: int, teacher: str, first: bool) -> dict:
 def run(config, teacher: str, steps: Sequence[str], workdir):
     """Train the students in workdir/<steps>, in turn, from where they are; a run that is asked to stop ends the chain."""
     base = settings.resolve(config)
-    if keywords(base["objective"])["name"] != "progressive_distillation":
-        raise ConfigError(f"--config has objective {base['objective']!r}, not progressive_distillation")
+    if keywords(base["objective"])["name"] not in OBJECTIVES:
+        raise ConfigError(f"--config has objective {base['objective']!r}, not {' or '.join(OBJECTIVES)}")
     counts = halvings(list(steps))
     for n in counts:
         own, stop = files.path(workdir) / str(n), threading.Event()

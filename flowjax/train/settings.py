@@ -99,6 +99,14 @@ def defaults() -> dict:
     }
 
 
+def words(arg: str, *valid: str) -> set[str]:
+    """The words of a config's argument, configs/name.py:one:other; ConfigError at one that is none of `valid`."""
+    found = {word for word in arg.split(":") if word}
+    if unknown := sorted(found - {*valid}):
+        raise ConfigError(f"the config's argument {arg!r}: {unknown[0]!r} is unknown; valid: {', '.join(valid)}")
+    return found
+
+
 def config_dict(**changes):
     """ml_collections.ConfigDict of the defaults with `changes`; nested dicts given here replace whole sections.
 
