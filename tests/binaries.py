@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import subprocess
 import sys
-import time
+import tempfile
 from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -33,8 +34,9 @@ def _forkserver():
     return context
 
 
-def _binary(module, flags, home, env, said):
-    """`python -m module *flags` in this process, which is done with afterwards."""
+def _python(arguments, devices, home, env, said):
+    """What `python arguments` does, in this process, which is done with afterwards."""
+    os.setsid()
     gc.set_threshold(100_000, 50, 50)  # as in conftest.py
     os.chdir(home)
     os.environ.clear()
@@ -43,28 +45,66 @@ def _binary(module, flags, home, env, said):
     for stream in (1, 2):
         os.dup2(file, stream)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    sys.argv, sys.path[0] = [module, *flags], str(ROOT)
+    if devices > 1:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", devices)
+    how, what, *flags = arguments
+    sys.argv, sys.path[0] = [what if how == "-m" else how, *flags], str(ROOT)
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if how == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(what, {"__name__": "__main__"})
     finally:
         atexit._run_exitfuncs()
 
 
-def shell_in(home):
-    """run(module, *flags, code=0) -> what it printed, in the directory `home` on one CPU device; run.home is that directory."""
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "FLOWJAX_DATA": str(home / "data"), "PYTHONPATH": str(ROOT)}
+class Python:
+    """`python -m module flags` or `python -c script flags` as subprocess.Popen has it, in a process group of its own; what it prints
+    goes to a file."""
 
-    def run(module, *flags, code=0):
-        said = home / f".said-{time.monotonic_ns()}"
-        process = _forkserver().Process(target=_binary, args=(module, flags, home, env, said))
-        process.start()
-        process.join(600)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    def __init__(self, *arguments, home=ROOT, devices=1, env=()):
+        env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), **dict(env)}
+        handle, self.said = tempfile.mkstemp(prefix="said-")
+        os.close(handle)
+        self.process = _forkserver().Process(target=_python, args=(arguments, devices, home, env, self.said))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    poll = returncode.fget
+
+    def send_signal(self, signum):
+        os.kill(self.pid, signum)
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self, timeout):
+        """(what it printed, None), once it has ended; TimeoutExpired where it has not by then."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            raise subprocess.TimeoutExpired(self.process.name, timeout, pathlib.Path(self.said).read_text())
+        said = pathlib.Path(self.said)
         text = said.read_text()
         said.unlink()
-        assert process.exitcode == code, f"{module} {' '.join(flags)} ended with {process.exitcode}\n{text[-6000:]}"
+        return text, None
+
+
+def shell_in(home):
+    """run(module, *flags, code=0) -> what it printed, in the directory `home` on one CPU device; run.home is that directory."""
+
+    def run(module, *flags, code=0):
+        child = Python("-m", module, *flags, home=home, env={"FLOWJAX_DATA": str(home / "data")})
+        try:
+            text, _ = child.communicate(600)
+        finally:
+            child.kill()
+        assert child.returncode == code, f"{module} {' '.join(flags)} ended with {child.returncode}\n{text[-6000:]}"
         return text
 
     run.home = home

@@ -7,8 +7,6 @@ import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +16,7 @@ import pytest
 from configs import digits
 from flowjax.train import export, log
 from flowjax.train.assembly import Run
+from binaries import Python
 from train_runs import DIT, rows, stored, tiny, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -27,16 +26,10 @@ pytestmark = pytest.mark.slow
 
 
 def start(workdir, *flags, devices=1, config="mix4"):
-    """python -m experiments.train in a process group of its own."""
+    """python -m experiments.train."""
     settings = SETTINGS if config == "mix4" else SETTINGS[:2]
     flags = f"--config=configs/{config}.py:smoke", f"--workdir={workdir}", *settings, *flags
-    return launch("-m", "experiments.train", *flags, devices=devices)
-
-
-def launch(*arguments, devices=1):
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    options = dict(cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return subprocess.Popen([sys.executable, *arguments], start_new_session=True, **options)
+    return Python("-m", "experiments.train", *flags, devices=devices)
 
 
 def job(workdir, *flags, processes=2, devices=1, config="mix4"):
@@ -236,7 +229,7 @@ def test_no_two_shards_share_noise(tmp_path):
         folder.mkdir()
         where = [(f"localhost:{free_port()}", str(processes))] * processes
         script = f"import sys; sys.path[:0] = {env_path.split(os.pathsep)!r}\n" + ROLLOUT
-        children = [launch("-c", script, str(folder), *w, str(i), devices=4 // processes) for i, w in enumerate(where)]
+        children = [Python("-c", script, str(folder), *w, str(i), devices=4 // processes) for i, w in enumerate(where)]
         for code, out in finish(*children, timeout=120):
             assert code == 0, out
     files = [sorted(p.name for p in folder.iterdir()) for folder in folders.values()]
@@ -277,7 +270,7 @@ def test_processes_share_an_evaluation(tmp_path):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + EVALUATE
     job = [f"--coordinator=localhost:{free_port()}", "--processes=2", "--heartbeat=20"]
     where = {"one": [], "two": [*job, "--process_id=0"], "other": [*job, "--process_id=1"]}
-    children = [launch("-c", script, *flags, f"--record={tmp_path / name}.json", *more) for name, more in where.items()]
+    children = [Python("-c", script, *flags, f"--record={tmp_path / name}.json", *more) for name, more in where.items()]
     (_, one), (_, two), (_, other) = finished = finish(*children)
     assert [code for code, _ in finished] == [0, 0, 0], finished
     assert "made 31 from 0" in one and "made 15 from 0" in two and "made 16 from 15" in other
