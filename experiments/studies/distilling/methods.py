@@ -90,13 +90,34 @@ def progressive(part, seed):
     return {n: found[n] for n in part.steps if n in found}
 
 
+def scales(part):
+    """(settings of an objective that draws scales of guidance, changes of a config whose network takes them, the scale asked for)."""
+    ask = {"name": "embedded", "scale": part.guidance["scale"]}
+    return {"scale_min": 1.0, "scale_max": 2 * ask["scale"]}, {"model": {"guidance_embed": True}, "sample": {"guidance": ask}}, ask
+
+
+def embedded(part, seed, share=1.0):
+    """A network that takes the scale as an input."""
+    drawn, changes, _ = scales(part)
+    name = "guidance" if share == 1 else f"guidance_{share}"
+    return part.train(name, seed, {"name": "guidance_distillation", "time": UNIFORM} | drawn, teaching(part, seed), share=share, **changes)
+
+
 def guidance_distillation(part, seed):
+    return always(part, embedded(part, seed), "euler", scales(part)[2]) if part.guidance else {}
+
+
+def guided_progressive(part, seed):
+    """Half of the budget for the scale as an input, half for the halvings (2210.03142)."""
     if not part.guidance:
         return {}
-    objective = {"name": "guidance_distillation", "time": UNIFORM, "scale_min": 1.0, "scale_max": 2 * part.guidance["scale"]}
-    ask = {"name": "embedded", "scale": part.guidance["scale"]}
-    made = part.train("guidance", seed, objective, teaching(part, seed), model={"guidance_embed": True}, sample={"guidance": ask})
-    return always(part, made, "euler", ask)
+    counts = [part.finest // 2**i for i in range(1, part.finest.bit_length())]
+    (drawn, changes, ask), before, found = scales(part), embedded(part, seed, 0.5), {}
+    for n in counts:
+        objective, roles = {"name": "guided_progressive_distillation", "steps": n} | drawn, {"teacher": before, "net": before}
+        before = part.train(f"guided_progressive/{n}", seed, objective, roles, share=0.5 / len(counts), **changes)
+        found[n] = before, "ddim", ask
+    return {n: found[n] for n in part.steps if n in found}
 
 
 def consistency_distillation(part, seed):
@@ -118,17 +139,13 @@ def latent_consistency(adapter):
     def method(part, seed):
         if not part.guidance:
             return {}
-        scale = part.guidance["scale"]
-        objective = {
-            "name": "latent_consistency", "steps": 50, "skip": 2, "scale_min": 1.0, "scale_max": 2 * scale, "metric": "pseudo_huber", "huber": 0.03,
-        }  # fmt: skip
-        roles, averages, changes = teaching(part, seed), {"target": {"name": "constant", "decay": 0.95}}, {}
+        drawn, changes, ask = scales(part)
+        objective = {"name": "latent_consistency", "steps": 50, "skip": 2, "metric": "pseudo_huber", "huber": 0.03} | drawn
+        roles, averages = teaching(part, seed), {"target": {"name": "constant", "decay": 0.95}}
         if adapter:
             roles["net"] = {"checkpoint": str(roles["net"]), "lora": LORA}
             changes["optimizer"] = {"name": "adamw", "clip": 1.0, "schedule": {"name": "cosine", "rate": 4 * part.rate, "warmup": 20}}
-        ask = {"name": "embedded", "scale": scale}
-        name = "lcm" + "_lora" * adapter
-        made = part.train(name, seed, objective, roles, model={"guidance_embed": True}, ema=averages, sample={"guidance": ask}, **changes)
+        made = part.train("lcm" + "_lora" * adapter, seed, objective, roles, ema=averages, **changes)
         return always(part, made, "renoise", ask)
 
     return method
@@ -207,7 +224,8 @@ def adversarial(latent):
             roles = {"net": start, "teacher": part.teacher(seed), "discriminator": judge}
         name = "ladd" if latent else "add"
         objective = {"name": "adversarial_distillation", "steps": 4, **objective}
-        return always(part, part.train(name, seed, objective, roles, guided=not latent, optimizer=adam(part)), "renoise")
+        made = part.train(name, seed, objective, roles, guided=not latent, optimizer=adam(part))
+        return {n: how for n, how in always(part, made, "renoise").items() if objective["steps"] % n == 0}  # at other times it was never asked
 
     return method
 
@@ -267,6 +285,7 @@ METHODS = {
     "reflow, then output, then perceptual": instaflow_perceptual,
     "progressive distillation": progressive,
     "guidance distillation": guidance_distillation,
+    "guidance distillation, then progressive": guided_progressive,
     "consistency distillation": consistency_distillation,
     "consistency training": consistency_training,
     "latent consistency (LCM)": latent_consistency(False),
