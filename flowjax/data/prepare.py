@@ -143,7 +143,8 @@ def _captions(root: pathlib.Path, found: list[pathlib.Path]) -> dict[pathlib.Pat
     """Captions by image file, from captions.jsonl (lines with "file" and "caption", one or a list) or a .txt beside each image
     (a caption a line). Several captions of an image become lines of one string."""
     listing = root / "captions.jsonl"
-    sidecars = sorted(f for f in root.rglob("*.txt") if f.parent == root or any(f.parent == i.parent for i in found))
+    folders = {root, *(f.parent for f in found)}
+    sidecars = sorted(f for f in root.rglob("*.txt") if f.parent in folders)
     captions: dict[pathlib.Path, str] = {}
     if listing.exists():
         for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
