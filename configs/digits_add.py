@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     if "latent" in ways:
         objective = {"distill": 0.0, "gan_time": {"name": "logit_normal", "mean": 1.0, "std": 1.0}}
         judge = {
-            "checkpoint": "runs/digits", "model": base["model"] | {"projector": {"layer": 2, "features": 1, "hidden": 64}},
+            "checkpoint": "runs/digits", "model": base["model"] | {"projector": {"layer": 1 if smoke else 2, "features": 1, "hidden": 64}},
             "optimizer": adam | {"rules": [{"match": "^(?!projector)", "rate": 0.0}]},
         }  # fmt: skip
         roles = {"net": {"checkpoint": "runs/digits"}, "discriminator": judge}

@@ -23,7 +23,7 @@ def get_config(arg: str = ""):
         config.objective.name = "distribution_matching_gan"
         config.objective.adversarial_weight = 3e-3
         config.roles.discriminator = {
-            "checkpoint": "runs/digits", "model": base["model"] | {"projector": {"layer": 2, "features": 1, "hidden": 64}},
+            "checkpoint": "runs/digits", "model": base["model"] | {"projector": {"layer": 1 if size else 2, "features": 1, "hidden": 64}},
             "optimizer": config.roles.fake.optimizer.to_dict(),
         }  # fmt: skip
     return config
