@@ -11,7 +11,7 @@ from configs.digits_lora import KERNELS
 from experiments.studies import common, digits
 from flowjax.train import runtime
 
-RANKS, RATES, STEPS = (4, 16, 64), (3e-4, 1e-3, 3e-3), 400
+RANKS, RATES, STEPS = (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2), 400
 
 
 def data() -> dict:
@@ -63,9 +63,10 @@ def main():
     text = [
         "# Rank of a LoRA", "", f"{common.measured_by('lora')}, of the fine-tuning: all begin with one teacher, of",
         f"configs/digits.py, and see MNIST at 8x8 for {STEPS} steps of batch 128. The adapters are on attention and MLP. 1,000 samples, Heun 25, no",
-        f"guidance; of the rates {', '.join(f'{r:g}' for r in RATES)} the best on the first seed. State: parameters, the frozen base included, optimizer",
-        "and average in memory. FD ratio: Frechet distance of pixels to held-out images, divided by that of the training images; agreement: an",
-        "SVM of the training images finds the asked class. At width 96 a rank of 64 trains about as many parameters as its matrices have.", "",
+        f"guidance; of the rates {', '.join(f'{r:g}' for r in RATES)} the best on the first seed. State: what is trained, its optimizer and its",
+        "average in memory; an adapter has the frozen base, as large as all weights, beside it. FD ratio: Frechet distance of pixels to held-out",
+        "images, divided by that of the training images; agreement: an SVM of the training images finds the asked class. At width 96 a rank of 64",
+        "trains about as many parameters as its matrices have.", "",
         common.table("lora", head, rows), "", "![quality over trained parameters](lora.png)",
     ]  # fmt: skip
     common.page("lora", "\n".join(text))
