@@ -11,8 +11,8 @@ In two stages of resolution, the first on a quarter of the tokens, its times shi
     python -m experiments.train --config=configs/emoji_pixel.py:data/emoji --workdir=runs/emoji_pixel \\
         --config.roles="{'net': {'checkpoint': 'runs/emoji_pixel_32'}}"
 
-Of 100 captions an independent judge finds the right one for 77 % of the images made from training captions and 62 % of those made from
-held-out ones (guidance 3, one seed: python -m experiments.study emoji --seeds=1; 73 minutes of training on one core).
+Of 100 captions an independent judge finds the right one for 75 % of the images made from training captions and 61 % of those made from
+held-out ones (guidance 3, one seed: python -m experiments.study emoji --seeds=1; 50 minutes of training on one core).
 
 The patches have 8 x 8 x 3 = 192 numbers, more than the network is wide: the prediction is the image, the loss the velocity's,
 bounded near the data as the paper's is (JiT 2511.13720, whose t runs the other way: its logit-normal has mean -0.8).
