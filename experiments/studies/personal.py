@@ -40,7 +40,7 @@ def subject() -> pathlib.Path:
     from flowjax.data.pipeline import arrays
     from flowjax.evals import image
 
-    out, section = pathlib.Path(common.RUNS.value).absolute() / "personal" / "subject", {"name": "array_record", "path": emoji.data()}
+    out, section = pathlib.Path(common.RUNS.value).absolute() / "personal" / "subject", common.config("emoji_pixel", emoji.data())["data"]
     if any(SUBJECT in caption for caption in arrays(section, "train")["caption"]):
         raise ConfigError(f"--data: the subject, {SUBJECT!r}, is among the training captions of {emoji.data()}; prepare it as configs/emoji_pixel.py says")
     held_out = arrays(section, "test")
