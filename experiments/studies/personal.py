@@ -47,7 +47,7 @@ def subject() -> pathlib.Path:
     chosen = [i for i, caption in enumerate(held_out["caption"]) if caption == SUBJECT]
     if not chosen:
         raise ConfigError(f"--data: the held-out split of {emoji.data()} has no {SUBJECT!r}; prepare it as configs/emoji_pixel.py says")
-    seen = views(image.quantise(held_out["x"][chosen[0]]))
+    seen = views(image.quantise(held_out["x"][chosen[:1]])[0])
     records.write(out, (("train", f"view {i}", {"image": v, "caption": f"{WORD} {CLASS}"}) for i, v in enumerate(seen)), name="subject", overwrite=True)
     return out
 
