@@ -299,6 +299,7 @@ def test_a_network_without_the_input_is_refused_before_anything_is_written(teach
         ({"shape": [8, 12, 1]}, r"roles.teacher was trained with another shape than this run's: \(8, 12, 1\) is not \(8, 8, 1\)"),
         ({"model": DIT | {"num_classes": 4}}, "roles.teacher was trained with another number of classes than this run's: 4 is not 10"),
         ({"conditions": {"label": [], "text": [3, 5]}}, "roles.teacher was trained with another set of conditions"),
+        ({"conditions": {"label": [], "guidance": []}}, "roles.teacher was trained with another set of conditions"),
     ],
 )
 @pytest.mark.parametrize("objective", ["guidance_distillation", "consistency_distillation"])

@@ -65,6 +65,7 @@ class BoundObjective(NamedTuple):
     whole: bool = False
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}
+    shared: bool = False
     reads: Mapping[str, str] = {}
     pixels: bool = False
     judged: bool = False

@@ -34,7 +34,7 @@ class Objective(NamedTuple):
     updates; kinds: what a role's network has to be (one of several), where the objective calls for something other than a denoiser; whole: rows are
     compared with each other, so that the losses of slices are not parts of the loss, and accumulation is refused; coupled: takes
     the noise batch["z"] that the data bring along (couplings), where they do; conditions: name (of flowjax.conditions) -> shape of one
-    example, of what the rollout adds to the batch's cond and the data do not have; reads: role -> image encoder whose grid of tokens it
+    example, of what the rollout adds to the batch's cond and the data do not have; shared: frozen denoisers are asked with these as well; reads: role -> image encoder whose grid of tokens it
     takes instead of examples, where the run has that encoder; pixels: looks at images, which roles.vae, where there is one, decodes:
     data that are latents already are refused; judged: takes the mark batch["desirable"] of data that have one."""
 
@@ -45,6 +45,7 @@ class Objective(NamedTuple):
     whole: bool = False
     coupled: bool = False
     conditions: Mapping[str, tuple[int, ...]] = {}
+    shared: bool = False
     reads: Mapping[str, str] = {}
     pixels: bool = False
     judged: bool = False

@@ -77,4 +77,4 @@ def loss(nets, batch, key, *, weight="truncated_snr"):
 
 
 OBJECTIVE = Objective({"net": "trained", "teacher": "frozen"}, (Player("net", loss),), rollout)
-GUIDED = OBJECTIVE._replace(rollout=guided_rollout, conditions={"guidance": ()})
+GUIDED = OBJECTIVE._replace(rollout=guided_rollout, conditions={"guidance": ()}, shared=True)

@@ -71,13 +71,14 @@ def teachers(run):
     if not teachers:
         return
     x, cond = run.example
-    frozen = {k: checkpoint.fingerprint(run.loaded[k][0]) for k in ("text",) if k in run.loaded}
+    added = {} if run.objective.shared else run.objective.conditions
+    mine = domain(run.roles["net"], {
+        "shape": x.shape[1:], "latent_space": run.latent_space, "data": run.pipeline.manifest,
+        "conditions": {k: v for k, v in conditions.shapes_of(cond).items() if k not in added},
+        "frozen": {k: checkpoint.fingerprint(run.loaded[k][0]) for k in ("text",) if k in run.loaded},
+    })  # fmt: skip
     for name in teachers:
-        info = run.loaded[name][1]
-        theirs = info.get("conditions") or {}  # what the objective adds, the scale of guidance, a teacher may take or not
-        asked = {k: v for k, v in conditions.shapes_of(cond).items() if k not in run.objective.conditions or k in theirs}
-        about = {"shape": x.shape[1:], "latent_space": run.latent_space, "data": run.pipeline.manifest, "conditions": asked, "frozen": frozen}
-        same_domain(domain(run.roles[name], info), domain(run.roles["net"], about), f"roles.{name}")
+        same_domain(domain(run.roles[name], run.loaded[name][1]), mine, f"roles.{name}")
 
 
 def reward(run):
