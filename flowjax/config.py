@@ -47,6 +47,14 @@ def check(fn: Callable, settings: Mapping[str, Any], where: str, given: tuple[st
     return dict(settings)
 
 
+def refuse_unread(built, given: Mapping[str, Any], where: str):
+    """What was built from the settings `given`; ConfigError at one that its `unread`, {field: why}, says does nothing beside the others."""
+    for key, why in getattr(built, "unread", {}).items():
+        if key in given:
+            raise ConfigError(f"{where}.{key} = {given[key]!r} does nothing {why}; leave it out")
+    return built
+
+
 def keywords(section) -> dict[str, Any]:
     """A section as keyword arguments, `name` included; a bare string is a name without settings."""
     return {"name": section} if isinstance(section, str) else dict(section)

@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from flowjax.config import ConfigError, check, lookup, split
+from flowjax.config import ConfigError, check, lookup, refuse_unread, split
 from flowjax.models.classifier import Classifier
 from flowjax.models.discriminator import FeatureHead, PatchGAN
 from flowjax.models.clip import CLIP, CLIPText, CLIPVision
@@ -64,18 +64,14 @@ def build(section: Mapping[str, Any] | str, where: str = "model") -> nn.Module:
     """
     name, settings = split(section, where)
     module = lookup(MODELS, name, f"{where}.name")
-    given = [*settings]
+    given = {k: v for k, v in settings.items() if k != "preset"}
     if preset := settings.pop("preset", None):
         fixed = lookup(getattr(module, "presets", {}), preset, f"{where}.preset")
         for key in fixed.keys() & settings.keys():
             if settings[key] != fixed[key]:
                 raise ConfigError(f"{where}.{key} = {settings[key]!r} contradicts preset {preset!r}, where it is {fixed[key]!r}")
         settings = {**settings, **fixed}
-    net = module(**check(module, settings, where, given=("parent", "name")))
-    for key, why in getattr(net, "unread", {}).items():
-        if key in given:
-            raise ConfigError(f"{where}.{key} = {settings[key]!r} does nothing {why}; leave it out")
-    return net
+    return refuse_unread(module(**check(module, settings, where, given=("parent", "name"))), given, where)
 
 
 def denoiser(module: nn.Module, params, path: Path, prediction: str, scaling: Callable | None = None) -> Model:

@@ -27,6 +27,11 @@ class Projector(nn.Module):
     conv: bool = False
     dtype: str = "float32"
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Fields that do nothing beside the others, and why."""
+        return {"hidden": "with model.projector.conv"} if self.conv else {}
+
     @nn.compact
     def __call__(self, h: jax.Array, grid: tuple[int, int]) -> jax.Array:
         if self.conv:
@@ -44,9 +49,7 @@ def build(section, depth: int, dtype: str) -> Projector:
     """The submodule "projector" of a network of `depth` layers; to be called in its compact method."""
     if section is None:
         raise config.ConfigError("model.projector is missing: a section such as {'layer': 8, 'features': 768}")
-    if section.get("conv") and "hidden" in section:
-        raise config.ConfigError(f"model.projector.hidden = {section['hidden']} does nothing with model.projector.conv; leave it out")
     fields = config.check(Projector, section, "model.projector", given=("parent", "name", "dtype"))
     if not 1 <= fields["layer"] <= depth:
         raise config.ConfigError(f"model.projector.layer = {fields['layer']}; valid: 1 to {depth}")
-    return Projector(**fields, dtype=dtype, name=L.PROJECTOR)
+    return config.refuse_unread(Projector(**fields, dtype=dtype, name=L.PROJECTOR), section, "model.projector")
