@@ -401,17 +401,19 @@ def test_digits_dreambooth(shell, digits):
     check_workdir(shell.home / "dreambooth")
 
 
-def test_digits_continued_and_fine_tuned(shell, digits):
+def test_digits_continued_and_fine_tuned(shell):
     """The second stage goes on with the average; the third takes a curated part of the data, and nothing of what is frozen moves."""
-    kept = ("--config.roles.net.weights=params", "--config.roles.net.average=ema", f"--config.roles.net.checkpoint={digits}")
-    shell("experiments.train", f"--config={ROOT}/configs/digits_continue.py:smoke", "--workdir=continued", *kept)
+    two = "--config.model.depth=2"  # layers, whose rates differ
+    shell("experiments.train", f"--config={ROOT}/configs/digits.py:smoke", "--workdir=two_layers", "--config.sample.every=0", two)
+    kept = ("--config.roles.net.weights=params", "--config.roles.net.average=ema", "--config.roles.net.checkpoint=two_layers")
+    shell("experiments.train", f"--config={ROOT}/configs/digits_continue.py:smoke", "--workdir=continued", *kept, two)
     check_workdir(shell.home / "continued")
     card = (shell.home / "continued/card.txt").read_text()
-    assert "goes on with its ema of 4 updates" in card and "part 1: 30 %" in card
+    assert "goes on with its ema of 4 updates" in card and "part 1: 30 %" in card and "rate x 0.8" in card
     said = shell("tools.curate", "--data=digits", "--reward=symmetry", "--best=0.02", "--each_class", "--out=curated")
     assert "of 1500 examples kept" in said and "test 297" in said
     sft = ("experiments.train", f"--config={ROOT}/configs/digits_sft.py:smoke:curated", "--workdir=sft", "--config.sample.every=0")
-    shell(*sft, "--config.roles.net.checkpoint=continued")
+    shell(*sft, "--config.roles.net.checkpoint=continued", two)
     check_workdir(shell.home / "sft", drawn=False)
     card = json.loads((shell.home / "sft/card.json").read_text())
     assert card["shares of the data"]["part 1"] == "20 %: name digits" and "restarted" in card["start"]["ema.ema"]
