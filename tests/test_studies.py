@@ -254,3 +254,15 @@ def test_what_was_measured_of_a_run_is_measured_again_when_it_has_gone_on(tmp_pa
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
         (tmp_path / "checkpoints" / "tmp").mkdir(exist_ok=True)
         assert [measure(), measure()] == [step // 2 + 1] * 2
+
+
+def test_what_was_measured_against_other_data_is_another_measurement(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "_real", lambda data: data)
+    monkeypatch.setattr(common, "draw", lambda *a, **k: None)
+    monkeypatch.setattr("flowjax.train.export.info_of", lambda workdir: {"config": {"data": {"name": "digits"}}})
+    monkeypatch.setattr("flowjax.evals.evaluate.evaluate", lambda x, labels, real, settings: seen.append(real) or {"against": real})
+    ask = lambda **more: common.measure(tmp_path, count=10, **more)["against"]  # noqa: E731
+    other = {"name": "array_record", "path": "mnist"}
+    assert '"digits"' in ask() and "mnist" in ask(data=other) and '"digits"' in ask() and "mnist" in ask(data=other)
+    assert len(seen) == 2

@@ -106,7 +106,7 @@ def measure(
         real = _real(json.dumps(data or info["config"]["data"], sort_keys=True))
         return evaluate(x, labels, real, {"metrics": metrics, "features": features, "seed": seed, "sampled": True})
 
-    key = {"count": count, "metrics": list(metrics), "features": list(features), "seed": seed, **options}
+    key = {"count": count, "metrics": list(metrics), "features": list(features), "seed": seed, **({"data": data} if data else {}), **options}
     return kept(workdir, key, made)
 
 
