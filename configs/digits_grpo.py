@@ -6,7 +6,8 @@
 
 The reference, from which the trained network also starts, is runs/digits. Two updates on 128 samples a step; the two other rewards
 are measured only, so that it shows when the first is exploited. MixGRPO: --config.objective.window=4 --config.objective.move=25.
-What it reaches with beta = 0.3: experiments/studies/results/rewards.md; with beta = 0.004, the authors' on their images, a single short run ended in white squares.
+What it reaches with beta = 0.3: experiments/studies/results/rewards.md; with beta = 0.004, the authors' on their images, a single short run
+ended in white squares.
 """
 
 from configs import digits

@@ -91,7 +91,7 @@ def main():
     pictures.grid(x, common.HERE / "results" / "emoji.png", columns=len(PROMPTS))
     steps = make.info["config"]["steps"]
     text = [
-        "# Emoji from captions", "", f"`python -m experiments.study emoji`: mean ± standard deviation over {common.SEEDS.value} seed(s).",
+        "# Emoji from captions", "", f"{common.measured_by('emoji')}.",
         f"JiT on 64x64 pixels, patches of 8, {steps} steps of batch {make.info['config']['batch_size']}, no autoencoder, text encoder learned along;",
         f"25 Heun steps. Top-1: how often the judge finds the right one of {COUNT.value} captions; guessing scores {100 / COUNT.value:.1f} %.", "",
         common.table("emoji", ["images", "guidance", "top-1 %"], rows), "",

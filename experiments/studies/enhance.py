@@ -104,7 +104,7 @@ def main():
     test = lambda wins, losses: binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0  # noqa: E731
     lines = [[way, *(common.spread(v) for v in zip(*found)), f"{test(*map(int, signs[way])):.2g}"] for way, found in rows.items()]
     page = [
-        "# Short prompts, rewritten", "", f"`python -m experiments.study enhance`: mean ± standard deviation over {common.SEEDS.value} seed(s),",
+        "# Short prompts, rewritten", "", f"{common.measured_by('enhance')},",
         f"{len(shorts)} prompts of one word, from held-out captions, {EACH} images each with the same noise, guidance {GUIDANCE:g}. Cosines and",
         "top-1 (the right one of as many captions) by two towers of another seed; diversity: mean distance of their unit features within a prompt.",
         "Prompts whose two cosines are equal count neither way; the sign test is over the prompts of all seeds, which share the judge and the",

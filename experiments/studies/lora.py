@@ -23,11 +23,11 @@ def adapted(rank: int, rate: float, seed: int):
     net = {"checkpoint": str(digits.teacher(0).absolute())}
     if rank:
         net["lora"] = {"pattern": KERNELS, "rank": rank, "alpha": float(rank), "dora": False}
-    optimizer = {"name": "adamw", "schedule": {"name": "cosine", "rate": rate, "warmup": 50}, "clip": 1.0}
-    settings = common.config("digits", seed=seed, steps=STEPS, data=data(), roles={"net": net})
-    settings["data"], settings["optimizer"], settings["ema"] = data(), optimizer, {"ema": {"name": "warmup", "decay": 0.98}}
-    settings["sample"]["every"] = settings["validation"]["every"] = 0
-    return common.train(f"lora/rank_{rank}_rate_{rate:g}/{seed}", settings)
+    changes = {
+        "data": data(), "roles": {"net": net}, "optimizer": {"schedule": {"name": "cosine", "rate": rate, "warmup": 50}},
+        "ema": {"ema": {"name": "warmup", "decay": 0.98}}, "sample": {"every": 0}, "validation": {"every": 0},
+    }  # fmt: skip
+    return common.train(f"lora/rank_{rank}_rate_{rate:g}/{seed}", common.config("digits", seed=seed, steps=STEPS, **changes))
 
 
 def quality(workdir, seed: int) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def main():
     def draw(axes):
         for name, (trained, distances) in plotted.items():
             axes.errorbar(trained, np.mean(distances), np.std(distances), fmt="o", label=name, capsize=3)
-        axes.set(xscale="log", xlabel="trained parameters", ylabel="FD-pixels, ratio")
+        axes.set(xscale="log", xlim=(1e4, 1e6), xlabel="trained parameters", ylabel="FD-pixels, ratio")
         axes.legend()
 
     common.figure("lora", draw)

@@ -79,15 +79,18 @@ def instaflow_perceptual(part, seed):
 # --- along the teacher's trajectories
 
 
-def progressive(part, seed):
-    counts = [part.finest // 2**i for i in range(1, part.finest.bit_length())]
-    teacher, net, found = part.teacher(seed), part.start(seed), {}
+def halved(part, seed, folder, roles, objective, *how, share=1.0, guided=False, **changes):
+    """Students of ever half the steps, `share` of the budget for all; guided: the first one's teacher is."""
+    counts, found = [part.finest // 2**i for i in range(1, part.finest.bit_length())], {}
     for n in counts:
-        objective = {"name": "progressive_distillation", "steps": n}
-        roles = {"teacher": teacher, "net": net}
-        teacher = net = part.train(f"progressive/{n}", seed, objective, roles, share=1 / len(counts), guided=n == counts[0])
-        found[n] = net, "ddim"
+        first = guided and n == counts[0]
+        made = part.train(f"{folder}/{n}", seed, objective | {"steps": n}, roles, share=share / len(counts), guided=first, **changes)
+        found[n], roles = (made, "ddim", *how), {"teacher": made, "net": made}
     return {n: found[n] for n in part.steps if n in found}
+
+
+def progressive(part, seed):
+    return halved(part, seed, "progressive", teaching(part, seed), {"name": "progressive_distillation"}, guided=True)
 
 
 def scales(part):
@@ -111,13 +114,9 @@ def guided_progressive(part, seed):
     """Half of the budget for the scale as an input, half for the halvings (2210.03142)."""
     if not part.guidance:
         return {}
-    counts = [part.finest // 2**i for i in range(1, part.finest.bit_length())]
-    (drawn, changes, ask), before, found = scales(part), embedded(part, seed, 0.5), {}
-    for n in counts:
-        objective, roles = {"name": "guided_progressive_distillation", "steps": n} | drawn, {"teacher": before, "net": before}
-        before = part.train(f"guided_progressive/{n}", seed, objective, roles, share=0.5 / len(counts), **changes)
-        found[n] = before, "ddim", ask
-    return {n: found[n] for n in part.steps if n in found}
+    (drawn, changes, ask), base = scales(part), embedded(part, seed, 0.5)
+    objective = {"name": "guided_progressive_distillation"} | drawn
+    return halved(part, seed, "guided_progressive", {"teacher": base, "net": base}, objective, ask, share=0.5, **changes)
 
 
 def consistency_distillation(part, seed):
