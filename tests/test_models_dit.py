@@ -284,6 +284,19 @@ def test_scanned_equals_unrolled(conditioning):
     assert not np.allclose(module.clone(scan=False).apply({"params": swapped}, *args), y, atol=1e-2)
 
 
+def test_loop_written_out_is_the_loop():
+    """scan = "unrolled": the parameters and gradients of a scan, with no loop and no stack of what the backward pass reads."""
+    (module, variables, _), args = make(), inputs()
+
+    def gradient(scan, variables):
+        return jax.grad(lambda v: jnp.square(module.clone(scan=scan).apply(v, *args)).mean())(variables)
+
+    loop, written = (jax.jit(functools.partial(gradient, scan)).lower(variables) for scan in (True, "unrolled"))
+    assert "stablehlo.while" in loop.as_text() and "stablehlo.while" not in written.as_text()
+    for a, b in zip(jax.tree.leaves(written.compile()(variables)), jax.tree.leaves(loop.compile()(variables)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
 def test_remat_is_there_and_changes_nothing(scan):
@@ -307,7 +320,27 @@ def test_remat_is_there_and_changes_nothing(scan):
         for got, expected in zip(jax.tree.leaves(grads[remat]), jax.tree.leaves(grads["none"]), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-5 * float(jnp.abs(expected).max()) + 1e-7)
     assert work["offload"] == work["full"]
-    assert work["none"] == work["dots"] < work["dots_no_batch"] < work["attention"] <= work["full"]
+    assert work["none"] < work["dots"] < work["attention"] <= work["full"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_remat_dots_keeps_products_and_nothing_else(dtype):
+    """It repeats the queries' products with the keys and no others, and holds what linear layers and attention make, in their type."""
+    module, variables, _ = make(dtype=dtype, attention="xla")
+    x, *args = inputs()
+    (b, height, width, _), layer = x.shape, module.width
+    tokens = height * width // module.patch**2
+
+    def loss(remat, variables):
+        return jnp.mean(jnp.square(module.clone(remat=remat).apply(variables, x, *args)))
+
+    counts = {remat: flops.count(jax.grad(functools.partial(loss, remat)), variables) for remat in ("none", "dots")}
+    assert counts["dots"] - counts["none"] == module.depth * 2 * b * tokens**2 * layer
+    held = jax.eval_shape(lambda v: jax.vjp(functools.partial(loss, "dots"), v)[1], variables)
+    stacks = [v for v in jax.tree.leaves(held) if v.shape[:2] == (module.depth, b) and v.size >= module.depth * b * tokens * layer]
+    # q, k, v, attention and its projection, the block's input, the outputs of the MLP's two layers, the hidden one being wider.
+    assert {v.dtype.name for v in stacks} == {dtype}
+    assert sum(v.size for v in stacks) == module.depth * b * tokens * layer * (7 + module.mlp_ratio)
 
 
 def test_permuting_classes_in_table_and_labels_changes_nothing():
@@ -433,7 +466,8 @@ def test_denoiser_binds_parameters_and_switches_dropout_with_the_key():
         ({"width": 24, "heads": 4, "rope": True}, "divisible by 4, not 6"),
         ({"norm": "batch"}, "model.norm = 'batch' is unknown; valid: layer, rms"),
         ({"mlp": "relu"}, "model.mlp = 'relu' is unknown; valid: gelu, swiglu"),
-        ({"remat": "some"}, "model.remat = 'some' is unknown; valid: attention, dots, dots_no_batch, full, none, offload"),
+        ({"scan": "some"}, "model.scan = 'some' is unknown; valid: True, False, 'unrolled'"),
+        ({"remat": "some"}, "model.remat = 'some' is unknown; valid: attention, dots, full, none, offload"),
         ({"conditioning": "film"}, "model.conditioning = 'film' is unknown"),
         ({"attention": "flash"}, "attention implementation = 'flash' is unknown"),
         ({"return_sigma": True}, "needs model.learn_sigma"),

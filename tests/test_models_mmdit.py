@@ -350,7 +350,7 @@ def test_remat_is_there_and_changes_nothing():
                 np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-7)
     assert work["offload"] == work["full"]
     unread = 2 * B * 7 * 24**2  # the text's query in the last layer, which recomputation leaves out
-    assert work["none"] - unread == work["dots"] < work["dots_no_batch"] < work["attention"] <= work["full"]
+    assert work["none"] - unread < work["dots"] < work["attention"] <= work["full"]
 
 
 def test_bfloat16_stays_near_float32():

@@ -216,7 +216,7 @@ def advice(found: dict, config, chip) -> list[str]:
         if chip and state > chip.memory / 2:
             lines.append(f"the state alone takes {_gib(state)} a device: split it further (config.mesh.fsdp, now {mesh['fsdp']}, or tensor)")
         if config["model"].get("remat", "full") != "full":
-            lines.append("recompute more in the backward pass: config.model.remat = attention, dots_no_batch or full")
+            lines.append("recompute more in the backward pass: config.model.remat = dots, attention or full")
         rows = config["batch_size"] // (mesh["data"] * mesh["fsdp"])
         if rows > 1:
             lines.append(f"a device holds {rows} examples: config.accumulate up to {rows}, or a smaller config.batch_size")
@@ -316,7 +316,7 @@ def define():
     flags.DEFINE_boolean("search", False, "Try the meshes and remat policies below and rank those that fit.")
     flags.DEFINE_list("fsdp", [], "Sizes of mesh.fsdp to search; default: 1, the devices, and about their square root.")
     flags.DEFINE_list("tensor", ["1"], "Sizes of mesh.tensor to search.")
-    flags.DEFINE_list("remat", ["none", "attention", "full"], "Policies of model.remat to search, least recomputation first.")
+    flags.DEFINE_list("remat", ["none", "dots", "attention", "full"], "Policies of model.remat to search, least recomputation first.")
     flags.mark_flag_as_required("config")
 
 

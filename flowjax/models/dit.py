@@ -19,7 +19,7 @@ from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models import projector as projectors
 from flowjax.models.attention import LAYOUT, attention, show
-from flowjax.models.remat import REMAT
+from flowjax.models.remat import ATTENTION, BLOCK, REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         q, k, v = queries_keys_values(x, self.heads, self.qk_norm, angles, self.dtype, context=context)
         show(self, q, k)
         y = attention(q, k, v, mask, self.implementation)
-        y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
+        y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), ATTENTION)
         y = L.Linear(x.shape[-1], ("heads", "embed"), dtype=self.dtype, name="out")(y)
         return constrain(y, "batch", "seq", "act")
 
@@ -115,7 +115,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, c, context, angles, drops=None):
-        x = checkpoint_name(x, "block")
+        x = checkpoint_name(x, BLOCK)
         adaptive, gated = self.conditioning in ("adaln_zero", "adaln"), self.conditioning == "adaln_zero"
 
         def norm(h, name):
@@ -179,7 +179,7 @@ class DiT(nn.Module):
       time_scale, frequency_shift: of the timestep embedding; (1000, 0) is DiT, (1, 0) SiT, (1000, 1) diffusers' DiT.
       dtype: "float32" or "bfloat16", of matrix products and the residual stream.
       remat: what the backward pass keeps, see `flowjax.models.remat`.   attention: see `flowjax.models.attention`.
-      scan: stack the layers (parameters "blocks" with a leading axis) or not ("block_0", ...).
+      scan: stack the layers (parameters "blocks" with a leading axis) or not ("block_0", ...), or "unrolled"; see `flowjax.models.stack`.
       projector: fields of a flowjax.models.projector.Projector, whose parameters the network then has and which works only when
         `project` asks for it; None for none.
     """
@@ -206,7 +206,7 @@ class DiT(nn.Module):
     frequency_shift: float = 0.0
     dtype: str = "float32"
     remat: str = "none"
-    scan: bool = True
+    scan: bool | str = True
     attention: str = "auto"
     projector: Mapping | None = None
 

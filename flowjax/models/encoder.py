@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from flowjax.config import ConfigError, lookup
 from flowjax.models import layers as L
 from flowjax.models.dit import Attention
-from flowjax.models.remat import REMAT
+from flowjax.models.remat import BLOCK, REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        x = checkpoint_name(x, "block")
+        x = checkpoint_name(x, BLOCK)
 
         def branch(x, name, layer, **inputs):
             h = layer(L.LayerNorm(self.eps, True, self.dtype, name=f"{name}_norm")(x), **inputs)

@@ -20,6 +20,7 @@ from flowjax.models import layers as L
 from flowjax.models.attention import attention
 from flowjax.models.dit import Head, check_sizes, modulation, queries_keys_values
 from flowjax.models.mmdit import JointBlock, Pooled, empty, normed
+from flowjax.models.remat import ATTENTION, BLOCK
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
 
@@ -55,11 +56,11 @@ class SingleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, h, c, angles):
-        h, width = checkpoint_name(h, "block"), h.shape[-1]
+        h, width = checkpoint_name(h, BLOCK), h.shape[-1]
         shift, scale, gate = modulation(c, 3, width, True, self.dtype, "adaln")
         n = normed(h, shift, scale, self.dtype)
         y = attention(*queries_keys_values(n, self.heads, True, angles, self.dtype), implementation=self.implementation)
-        y = constrain(checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention"), "batch", "seq", "act_heads")
+        y = constrain(checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), ATTENTION), "batch", "seq", "act_heads")
         m = constrain(L.Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(n), "batch", "seq", "act_mlp")
         m = L.Linear(width, ("mlp", "embed"), bias=False, dtype=self.dtype, name="fc2")(nn.gelu(m, approximate=True))
         y = constrain(L.Linear(width, ("heads", "embed"), dtype=self.dtype, name="out")(y) + m, "batch", "seq", "act")
@@ -75,7 +76,7 @@ class Flux(nn.Module):
       guidance_embed: the scale of guidance is an input, cond["guidance"], as of weights that are distilled from guided ones.
       out_channels: 0 for as many as the input has.   time_scale: of the embeddings of time and guidance.
       dtype, remat, attention: as in `flowjax.models.dit.DiT`.
-      scan: stack layers of a kind (parameters "double_blocks", "single_blocks") or not ("block_0", ...).
+      scan: stack layers of a kind (parameters "double_blocks", "single_blocks"), not ("block_0", ...) or "unrolled"; see `flowjax.models.stack`.
     """
 
     depth: int
@@ -90,7 +91,7 @@ class Flux(nn.Module):
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"
-    scan: bool = True
+    scan: bool | str = True
     attention: str = "auto"
 
     kind = "denoiser"

@@ -37,7 +37,7 @@ class JiT(nn.Module):
       context_from: as many layers see the image alone; the tokens of the condition join it after them.
       dropout: on the output of each branch in the middle half of the layers, when train.
       out_channels, guidance_embed, step_embed, time_scale, dtype, remat, attention, projector: as in DiT.
-      scan: stack the layers before and after the tokens join (parameters "blocks", "context_blocks") or not.
+      scan: stack the layers before and after the tokens join (parameters "blocks", "context_blocks"), not, or "unrolled"; see `flowjax.models.stack`.
     """
 
     depth: int
@@ -57,7 +57,7 @@ class JiT(nn.Module):
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"
-    scan: bool = True
+    scan: bool | str = True
     attention: str = "auto"
     projector: Mapping | None = None
 

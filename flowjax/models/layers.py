@@ -12,9 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from flowjax.conditions import need
 from flowjax.config import ConfigError
+from flowjax.models.remat import LINEAR
 from flowjax.models.sharding import active_mesh, constrain
 
 zeros = nn.initializers.zeros
@@ -84,7 +86,7 @@ class Linear(nn.Module):
         y = matmul(x, kernel, self.dtype)
         if self.bias:
             y = y + _param(self, "bias", self.bias_init, self.axes[-1:], (self.features,)).astype(self.dtype)
-        return y
+        return checkpoint_name(y, LINEAR)
 
 
 class Conv(nn.Module):
@@ -121,7 +123,7 @@ class Conv(nn.Module):
         )
         if self.bias:
             y = y + _param(self, "bias", self.bias_init, self.axes[-1:], (self.features,)).astype(self.dtype)
-        return y
+        return checkpoint_name(y, LINEAR)
 
 
 class Embed(nn.Module):

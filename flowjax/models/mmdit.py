@@ -22,6 +22,7 @@ from flowjax.models import layers as L
 from flowjax.models import projector as projectors
 from flowjax.models.attention import LAYOUT, attention, show
 from flowjax.models.dit import EPS, Attention, Head, check_sizes, modulation, patchify, queries_keys_values, unpatchify
+from flowjax.models.remat import ATTENTION, BLOCK
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
 from flowjax.models.text import encoder_of
@@ -68,7 +69,7 @@ class JointAttention(nn.Module):
         show(self, *of_image[:2])
         q, k, v = (constrain(jnp.concatenate(pair, axis=1), *LAYOUT) for pair in zip(of_text, of_image, strict=True))
         y = attention(of_image[0] if self.image_only else q, k, v, implementation=self.implementation)
-        y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
+        y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), ATTENTION)
 
         def out(y, name):
             y = L.Linear(width, ("heads", "embed"), dtype=self.dtype, name=name)(constrain(y, "batch", "seq", "act_heads"))
@@ -97,7 +98,7 @@ class JointBlock(nn.Module):
 
     @nn.compact
     def __call__(self, streams, c, angles):
-        text, image = (checkpoint_name(h, "block") for h in streams)
+        text, image = (checkpoint_name(h, BLOCK) for h in streams)
         width = image.shape[-1]
 
         def add(h, gate, branch, name):
@@ -156,7 +157,7 @@ class MMDiT(nn.Module):
       out_channels: 0 for as many as the input has.   dropout: on the output of each branch, when train.
       guidance_embed, step_embed: as in `DiT`.   time_scale: of the timestep embedding.
       dtype, remat, attention: as in `DiT`.
-      scan: stack layers of a kind (parameters "dual_blocks", "blocks"; the last one is of its own kind) or not.
+      scan: stack layers of a kind (parameters "dual_blocks", "blocks"; the last one is of its own kind), not, or "unrolled"; see `flowjax.models.stack`.
       projector: as in `DiT`, of the image's tokens.
     """
 
@@ -178,7 +179,7 @@ class MMDiT(nn.Module):
     time_scale: float = 1000.0
     dtype: str = "float32"
     remat: str = "none"
-    scan: bool = True
+    scan: bool | str = True
     attention: str = "auto"
     projector: Mapping | None = None
 

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from flowjax.config import ConfigError
 from flowjax.models.attention import attention
 from flowjax.models.layers import Conv, GroupNorm, Linear, lecun
+from flowjax.models.remat import ATTENTION, BLOCK
 from flowjax.models.sharding import constrain
 
 # Zeros around the image before a stride-2 3x3 convolution, (before, after) per axis. "end" is what TensorFlow's SAME does on
@@ -95,7 +96,7 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array | None = None) -> jax.Array:
-        x = checkpoint_name(x, "block")
+        x = checkpoint_name(x, BLOCK)
         resample = {"none": lambda image: image, "up": double, "down": halve}[self.resample]
         h = nn.silu(GroupNorm(self.groups, self.eps, self.dtype, name="norm_1")(x))
         x, h = resample(x), resample(h)
@@ -131,7 +132,7 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = checkpoint_name(x, "block")
+        x = checkpoint_name(x, BLOCK)
         b, height, width, c = x.shape
         head_dim = self.head_dim or c
         if c % head_dim:
@@ -144,6 +145,6 @@ class AttentionBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        h = checkpoint_name(attention(q, k, v, implementation=self.implementation), "attention").reshape(b, height, width, c)
+        h = checkpoint_name(attention(q, k, v, implementation=self.implementation), ATTENTION).reshape(b, height, width, c)
         h = Linear(c, ("heads", "embed"), self.out_init, dtype=self.dtype, name="out")(h)
         return constrain_image(x + constrain_image(h))

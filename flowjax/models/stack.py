@@ -7,20 +7,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flowjax.config import ConfigError
 from flowjax.models.attention import SEEN
 from flowjax.models.remat import REMAT
 
 # Names of scanned stacks, in the order in which those of one network follow each other.
 NAMES = ("dual_blocks", "blocks", "double_blocks", "context_blocks", "single_blocks")
+UNROLLED = "unrolled"
 
 
 def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", first=0, scan=True, remat="none", tap=0, each=None):
     """The function (h, *inputs) -> (h after all layers, h after layer `tap`), for the compact method of a network.
 
-    layer(*fields) maps (h, *inputs) to (h, None); h is an array or a tree of them. Scanned layers share one parameter `name`
-    with a leading axis; unrolled ones are "block_<first>", "block_<first + 1>", ... `tap` counts layers from 1; 0 reads
-    nothing, returns None and costs nothing. each: a tree of arrays (length, ...), of which a layer gets its row as the last input.
+    layer(*fields) maps (h, *inputs) to (h, None); h is an array or a tree of them. Scanned layers (scan = True) share one parameter
+    `name` with a leading axis. So do those of scan = "unrolled", whose loop is written out in the program: it takes longer to compile,
+    and nothing that the backward pass reads is copied into stacks of all layers and out again, which costs GPUs a tenth of a step. With
+    scan = False they are "block_<first>", "block_<first + 1>", ... `tap` counts layers from 1; 0 reads nothing, returns None and costs
+    nothing. each: a tree of arrays (length, ...), of which a layer gets its row as the last input.
     """
+    if scan not in (True, False, UNROLLED):
+        raise ConfigError(f"model.scan = {scan!r} is unknown; valid: True, False, {UNROLLED!r}")
     if remat != "none":
         layer = nn.remat(layer, prevent_cse=not scan, policy=REMAT[remat])
     if not scan:
@@ -51,6 +57,7 @@ def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", 
             variable_axes={"params": 0, SEEN: 0},
             split_rngs={"params": True, "dropout": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
+            unroll=length if scan == UNROLLED else 1,
         )
         numbers = jnp.arange(1, length + 1) if tap else None
         (h, kept), _ = run(layer(*fields, name=name), (h, h if tap else None), numbers, () if each is None else (each,), *inputs)

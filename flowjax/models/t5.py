@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flowjax.config import lookup
 from flowjax.models import layers as L
-from flowjax.models.remat import REMAT
+from flowjax.models.remat import ATTENTION, BLOCK, REMAT
 from flowjax.models.sharding import constrain
 from flowjax.models.stack import stack
 from flowjax.models.text import PADDING, masked_mean
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias, mask):
-        x = checkpoint_name(x, "block")
+        x = checkpoint_name(x, BLOCK)
 
         def linear(features, axes, name):
             return L.Linear(features, axes, bias=False, dtype=self.dtype, name=name)
@@ -71,7 +71,7 @@ class Block(nn.Module):
         logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=exact) + bias  # no division by sqrt(head_dim)
         logits = logits if mask is None else jnp.where(mask, logits, jnp.finfo(exact).min)
         h = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits, axis=-1).astype(v.dtype), v)
-        h = checkpoint_name(rearrange(h, "b n h d -> b n (h d)"), "attention")
+        h = checkpoint_name(rearrange(h, "b n h d -> b n (h d)"), ATTENTION)
         h = constrain(linear(x.shape[-1], ("heads", "embed"), "out")(h), "batch", "seq", "act")
         x = constrain(x + h, "batch", "seq", "act")
 
