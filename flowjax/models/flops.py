@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from flowjax.models import half
+
 
 def count(fn: Callable, *args, branch: Callable = max) -> int:
     """Floating-point operations of the matrix products and convolutions of fn(*args); one multiply-add is TWO.
@@ -30,7 +32,7 @@ def _macs(jaxpr: Jaxpr, branch: Callable) -> int:
 
 def _macs_of(eqn, branch: Callable) -> int:
     name = eqn.primitive.name
-    if name == "dot_general":
+    if name in ("dot_general", half.NAME):
         (contracted, _), _ = eqn.params["dimension_numbers"]
         lhs = eqn.invars[0].aval.shape
         return math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)

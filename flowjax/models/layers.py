@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flowjax.conditions import need
 from flowjax.config import ConfigError
+from flowjax.models.half import half_dot
 from flowjax.models.remat import LINEAR
 from flowjax.models.sharding import active_mesh, constrain
 
@@ -41,33 +42,17 @@ def _param(module: nn.Module, name: str, init: Callable, axes: Sequence[str | No
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
-    """x (..., in) @ float32 kernel (in, out), computed and returned in `dtype`; the kernel's gradient is float32 all the way.
-
-    The derivative of kernel.astype(bfloat16) would round each device's gradient to bfloat16 BEFORE it is summed over the batch's
-    devices. Here the product that makes it reads bfloat16 and writes float32, which is what the sum then adds.
-    """
+    """x (..., in) @ float32 kernel (in, out), computed and returned in `dtype`; the kernel's gradient is float32 all the way (see `half`)."""
     x, lead = x.astype(dtype), x.shape[:-1]
     # With one axis to sum over, the kernel's gradient needs no transposed copy of the cotangent (a quarter of the time of a
     # DiT's gradient on CPUs). Rows and tokens cannot be one axis where tokens are split as well.
     if (mesh := active_mesh()) is None or mesh.shape.get("context", 1) == 1:
         x = x.reshape(-1, x.shape[-1])
-    y = _half_matmul(x, kernel) if dtype in ("bfloat16", "float16") else x @ kernel.astype(dtype)
+    if dtype in ("bfloat16", "float16"):
+        y = half_dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), dtype, dtype)
+    else:
+        y = x @ kernel.astype(dtype)
     return y.reshape(*lead, kernel.shape[1])
-
-
-@jax.custom_jvp
-def _half_matmul(x, kernel):
-    return x @ kernel.astype(x.dtype)
-
-
-@_half_matmul.defjvp
-def _(primals, tangents):
-    (x, kernel), (dx, dkernel) = primals, tangents
-    # Inputs of half precision, sums and results of float32; the transposed product, which makes the gradient, inherits it.
-    exact = {jnp.bfloat16: jax.lax.DotAlgorithmPreset.BF16_BF16_F32, jnp.float16: jax.lax.DotAlgorithmPreset.F16_F16_F32}[x.dtype.type]
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    change = jax.lax.dot_general(x.astype(jnp.float32), dkernel, contract, precision=exact, preferred_element_type=jnp.float32)
-    return _half_matmul(x, kernel), dx @ kernel.astype(x.dtype) + change.astype(x.dtype)
 
 
 class Linear(nn.Module):
