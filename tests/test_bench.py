@@ -86,6 +86,17 @@ def test_steps_train_on_and_synthetic_batches_are_one():
     assert not np.array_equal(next(streamed.batches)["x"], streamed.first["x"])
 
 
+def test_data_that_a_config_promises_need_not_be_there():
+    config = tiny(data={"name": "array_record", "path": "nowhere", "expect_shape": (8, 8, 4), "expect_classes": 10}, model=DIT, batch_size=64)
+    batch = bench.invented(bench.assemble(config))
+    assert batch["x"].shape == (64, 8, 8, 4) and abs(float(batch["x"].std()) - 1) < 0.1
+    assert {*batch["cond"]["label"].tolist()} == {*range(10)}
+    assert bench.train(config, warmup=1, repeats=2, synthetic=True)["data_wait"] < 0.5
+    assert len(bench.sample(config, ["euler"], [1], batch=4, repeats=1)) == 1
+    with pytest.raises(ConfigError, match="nowhere"):
+        bench.train(config, warmup=1, repeats=2)
+
+
 def test_sampling_rows():
     rows = bench.sample(tiny(**DIGITS), ["euler", "heun"], [1, 3], batch=8, repeats=3)
     assert [(r["sampler"], r["steps"]) for r in rows] == [("euler", 1), ("euler", 3), ("heun", 1), ("heun", 3)]

@@ -3,7 +3,8 @@
 Assembles the run as training does, without a workdir, and times its real jitted train step on batches of its real pipeline:
 steps/s, images/s, tokens/s per chip, model-TFLOP/s, utilisation, memory, waiting for data, compile time.
 
-    --synthetic                                  one fixed batch instead of the pipeline: compute without data
+    --synthetic                                  one fixed batch instead of the pipeline: compute without data, which need not
+                                                 be there if the config promises what they are (data.expect_shape)
     --feed                                       the pipeline alone: images/s that it can deliver, whoever computes
     --sampling --samplers=heun,euler --steps=10,25   drawing samples instead of training, by sampler and steps
     --sampling --price=2.5                       what a megapixel costs, where the devices together cost so much an hour
@@ -42,6 +43,7 @@ from flowjax.models import flops
 from flowjax.train import card, runtime, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train.assembly import Run
+from tools.plan import assemble
 
 
 # --- what is measured
@@ -92,6 +94,15 @@ def memory_of(executable) -> dict:
     }
 
 
+def invented(this) -> dict:
+    """A batch of the kind that a run's data are promised to have: normal numbers, labels of all classes, zeros for the rest."""
+    draws, batch = np.random.default_rng(0), jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), this.batch())
+    batch = {k: draws.standard_normal(v.shape, np.float32).astype(v.dtype) if k != "cond" and v.dtype != bool else v for k, v in batch.items()}
+    if "label" in batch["cond"]:
+        batch["cond"]["label"] = draws.integers(0, this.pipeline.num_classes, batch["cond"]["label"].shape, np.int32)
+    return batch
+
+
 class Steps:
     """Our side of training: Steps(run)(count) trains on, count steps; `spent` is what compiling took."""
 
@@ -99,7 +110,8 @@ class Steps:
         if len(this.pipeline.shapes) > 1:
             raise ConfigError("data in buckets have a program for each size; measure one: data.name = 'array_record' with data.size = (height, width)")
         self.this = this
-        self.batches = (mesh_lib.place(batch, this.mesh) for batch in this.pipeline)
+        stream = iter([invented(this)]) if this.pipeline.manifest.get("declared") else this.pipeline
+        self.batches = (mesh_lib.place(batch, this.mesh) for batch in stream)
         self.first = next(self.batches)
         if synthetic:
             self.batches = itertools.repeat(self.first)
@@ -157,7 +169,7 @@ class Draws:
 
 def train(config, warmup: int = 3, repeats: int = 20, synthetic: bool = False) -> dict:
     """What training of a config costs; seconds, bytes and counts by name."""
-    this = Run(config)
+    this = assemble(config) if synthetic else Run(config)
     steps = Steps(this, synthetic)
     steps(max(1, warmup))
     seconds, waits = steps(repeats)
@@ -181,7 +193,7 @@ def dollars_per_megapixel(price: float, seconds: float, images: int, shape) -> f
 
 def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repeats: int = 5, price: float = 0.0) -> list[dict]:
     """What sampling costs, a row for each sampler and number of steps; what is not given comes from the config's sample section."""
-    this, rows = Run(config), []
+    this, rows = assemble(config), []
     batch = batch or this.config["evaluate"]["batch"]
     for sampler, n in itertools.product(samplers or [this.config["sample"]["sampler"]], steps or [this.config["sample"]["steps"]]):
         draws = Draws(this, sampler, n, batch)
@@ -262,7 +274,7 @@ def in_turn(ours, theirs, rounds: int, repeats: int) -> dict:
 def train_vs_torch(config, warmup: int = 3, repeats: int = 5, rounds: int = 7) -> dict:
     """Our train step against PyTorch's, from the same weights on the same batch."""
     torch = reference()
-    this = Run(config)
+    this = assemble(config)
     module = this.roles["net"].module
     torch.check_train(this.config, module)
     steps = Steps(this, synthetic=True)
@@ -287,7 +299,7 @@ def train_vs_torch(config, warmup: int = 3, repeats: int = 5, rounds: int = 7) -
 def sample_vs_torch(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repeats: int = 1, rounds: int = 7) -> list[dict]:
     """Our samplers against PyTorch's loop, a row for each sampler and number of steps."""
     torch = reference()
-    this, rows = Run(config), []
+    this, rows = assemble(config), []
     role, section, shape = this.roles["net"], this.config["sample"], this.example[0].shape[1:]
     batch = batch or this.config["evaluate"]["batch"]
     for sampler, n in itertools.product(samplers or [section["sampler"]], steps or [section["steps"]]):
