@@ -30,10 +30,15 @@ def config(name: str, arg: str = "", **changes) -> dict:
     return values
 
 
+def of_data() -> str:
+    """The flag for the data, as it stands on a page: where they are on this machine is nobody's business."""
+    return f" --data=data/{pathlib.Path(DATA.value).name}" if DATA.value else ""
+
+
 def measured_by(study: str) -> str:
     """How a page begins: the command that wrote it, and what its numbers are."""
     count = SEEDS.value
-    told = f"`python -m experiments.study {study}{'' if count == 3 else f' --seeds={count}'}`"
+    told = f"`python -m experiments.study {study}{of_data()}{'' if count == 3 else f' --seeds={count}'}`"
     return f"{told}: one seed" if count == 1 else f"{told}: mean ± standard deviation over {count} seeds"
 
 

@@ -71,11 +71,10 @@ class Study:
     def write(self):
         """The page, its tables and its figure; under another name while --methods leaves some out."""
         part, title = self.part, f"distillation_{self.part.name}" + "_part" * bool(CHOSEN.value)
-        data = f" --data={common.DATA.value}" * bool(common.DATA.value)
         budget = f" --budget={BUDGET.value}" * bool(BUDGET.value)
         text = [
             f"# Distillation: {part.name}", "",
-            f"`python -m experiments.study distillation --part={part.name}{data}{budget} --seeds={len(self.seeds)}`: mean ± standard deviation over "
+            f"`python -m experiments.study distillation --part={part.name}{common.of_data()}{budget} --seeds={len(self.seeds)}`: mean ± standard deviation over "
             "the seeds.", "",
             f"{part.__doc__} Every method has the computation of {part.budget:,} of the teacher's training steps. Progressive distillation shares it",
             "among its stages, so that its students of more steps have had less. Couplings are not in it: what they took is told beside. Students",

@@ -100,7 +100,7 @@ def main():
                 pairwise(features.reshape(-1, EACH, features.shape[-1])),
             ])  # fmt: skip
             print(way, rows[way][-1], flush=True)
-    head = ["prompt", "cosine to what was asked", "better than as it is %", "cosine to the caption", "top-1 %", "diversity", "p (sign test)"]
+    head = ["prompt", "cosine to what was asked", "better than as it is %", "cosine to the caption", "top-1 %", "diversity", "p of a gain (sign test)"]
     test = lambda wins, losses: binomtest(wins, wins + losses, alternative="greater").pvalue if wins + losses else 1.0  # noqa: E731
     lines = [[way, *(common.spread(v) for v in zip(*found)), f"{test(*map(int, signs[way])):.2g}"] for way, found in rows.items()]
     page = [
