@@ -41,7 +41,8 @@ def test_fsdp_gathers_and_scatters_and_never_reduces_parameters_whole(slice_):
     # bfloat16 parameters are gathered for the forward and for the backward pass, where the compiler does not keep them.
     assert 2 * size(run) < moved + whole.get("reduce-scatter", 0) < 14 * size(run)
     assert whole.get("all-reduce", 0) < 0.6 * size(run), "something as large as the parameters is reduced whole"
-    assert found["reduced whole"] == {} and found["unsplit"]["kernels"] == {}
+    # The first matrix of the time's embedding is small in any network but one as small as this.
+    assert found["reduced whole"] == {} and found["unsplit"]["kernels"].keys() == {"net/t_embed/fc1/kernel"}
     # Parameters, two moments and the average, an eighth each; biases stay whole.
     assert found["memory"]["state"] == pytest.approx(4 * 4 * size(run) / 8, rel=0.15)
 

@@ -96,7 +96,7 @@ def write(plans: dict, weak: dict):
         "least the largest of the three. More operations than needed are recomputation, fewer are hidden in an attention kernel.", "",
         common.table("plans", HEAD, rows), "",
         "## Weak scaling", "",
-        "DiT-XL/2 on v5e, 16 images a chip, no recomputation, the state split over 16 chips and repeated beyond: MiB that one device sends in a",
+        "DiT-XL/2 on v5e, 16 images a chip, products kept, the state split over 16 chips and repeated beyond: MiB that one device sends in a",
         "step. On 16 chips the group is a whole square slice, over which XLA's TPU compiler makes a whole all-reduce of every reduce-scatter", "and passes the other kernels round a ring, piece by piece, as it multiplies.", "",
         common.table("plans_weak_scaling", ["chips", "batch", *kinds, "all", "all-reduced whole"], scaling), "", "![](plans_weak_scaling.png)",
     ]  # fmt: skip
