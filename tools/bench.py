@@ -206,7 +206,7 @@ def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repea
             **rates(middle, draws.work(), batch, tokens_of(this)),
             "memory": memory_of(draws.sample),
             "seconds_to": draws.spent,
-        } | ({"dollars_per_megapixel": dollars_per_megapixel(price, middle, batch, this.image_shape())} if price else {}))  # fmt: skip
+        } | ({"dollars_per_megapixel": dollars_per_megapixel(price, middle, batch, this.image_shape()), "shape": [*this.image_shape()]} if price else {}))  # fmt: skip
     return rows
 
 
@@ -404,7 +404,10 @@ def table_of_sampling(rows) -> list[str]:
             "compile": _number(row["seconds_to"]["compile"], " s", digits=3) + "*" * row["seconds_to"]["cached"],
         } | ({"$/megapixel": _number(row["dollars_per_megapixel"], digits=3)} if "dollars_per_megapixel" in row else {})
         for row in rows
-    ]) + (["* from the compile cache"] if any(row["seconds_to"]["cached"] for row in rows) else [])  # fmt: skip
+    ]) + (["* from the compile cache"] if any(row["seconds_to"]["cached"] for row in rows) else []) + [
+        f"$/megapixel counts the pixels of what is drawn, {' x '.join(map(str, shape))}: of latents, if no autoencoder takes part"
+        for shape in [rows[0].get("shape")] if shape
+    ]  # fmt: skip
 
 
 def table_vs_torch(rows) -> list[str]:
