@@ -53,7 +53,7 @@ def methods(seed: int, teacher) -> dict[str, dict]:
         "Flow-GRPO": settings("digits_grpo", seed, teacher, 48, 8, {"beta": 0.3}, 2e-4),
         "ReFL": settings("digits_refl", seed, teacher, 48, 6, late, 3e-5),
         "DRaFT": settings("digits_refl", seed, teacher, 40, 5, whole),
-        "DiffusionNFT": settings("digits_nft", seed, teacher, 48, 4, {"anchor": 0.08}),
+        "DiffusionNFT": settings("digits_nft", seed, teacher, 28, 2, {"anchor": 0.08}),
         "DPO": settings("digits_dpo", seed, teacher, 150, 25, rate=5e-5, **data),
         "online DPO": settings("digits_online_dpo", seed, teacher, 60, 10),
     }
