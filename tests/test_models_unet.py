@@ -11,6 +11,7 @@ from nets import check_sharded, close, count, golden, random_arrays, randomise, 
 
 from flowjax.config import ConfigError
 from flowjax.interop import unet as interop
+from flowjax.models import flops
 from flowjax.models.layers import zeros
 from flowjax.models.resblock import AttentionBlock, Downsample, ResBlock, Upsample, double, halve
 from flowjax.models.unet import UNet
@@ -251,6 +252,15 @@ def test_remat_recomputes_and_changes_no_gradient(remat):
     plain, frugal = jax.jit(plain)(params), jax.jit(frugal)(params)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest), frugal, plain)
+
+
+def test_remat_dots_repeats_no_convolution():
+    net = UNet(**{**SMALL, "multipliers": (1,), "attention_levels": ()})
+    x, t = inputs()
+    params = shapes(net, x, t, {})
+    work = {remat: flops.count(gradient(net.clone(remat=remat), x, t, {}), params) for remat in ("none", "dots", "full")}
+    # What is left are the sums over groups of the norms, which are products as well.
+    assert work["dots"] - work["none"] < 0.1 * (work["full"] - work["none"])
 
 
 # --- bad settings
