@@ -88,13 +88,15 @@ def test_steps_train_on_and_synthetic_batches_are_one():
 
 def test_data_that_a_config_promises_need_not_be_there():
     config = tiny(data={"name": "array_record", "path": "nowhere", "expect_shape": (8, 8, 4), "expect_classes": 10}, model=DIT, batch_size=64)
-    batch = bench.invented(bench.assemble(config))
+    batch = bench.invented(bench.assembled(config))
     assert batch["x"].shape == (64, 8, 8, 4) and abs(float(batch["x"].std()) - 1) < 0.1
     assert {*batch["cond"]["label"].tolist()} == {*range(10)}
     assert bench.train(config, warmup=1, repeats=2, synthetic=True)["data_wait"] < 0.5
     assert len(bench.sample(config, ["euler"], [1], batch=4, repeats=1)) == 1
     with pytest.raises(ConfigError, match="nowhere"):
         bench.train(config, warmup=1, repeats=2)
+    # Data that are here are taken, whatever is promised.
+    assert not bench.assembled(tiny(data={**DIGITS["data"], "expect_shape": (8, 8, 1), "expect_classes": 10}, model=DIT)).pipeline.manifest.get("declared")
 
 
 def test_sampling_rows():

@@ -94,6 +94,14 @@ def memory_of(executable) -> dict:
     }
 
 
+def assembled(config) -> Run:
+    """A Run on its data or, where these are not here, on what the config promises that they are."""
+    config = settings.resolve(config)
+    section = config["data"]
+    here = isinstance(section, str) or pathlib.Path(section.get("path", ".")).expanduser().exists()
+    return Run(config) if here else assemble(config, None)
+
+
 def invented(this) -> dict:
     """A batch of the kind that a run's data are promised to have: normal numbers, labels of all classes, zeros for the rest."""
     draws, batch = np.random.default_rng(0), jax.tree.map(lambda v: np.zeros(v.shape, v.dtype), this.batch())
@@ -169,7 +177,7 @@ class Draws:
 
 def train(config, warmup: int = 3, repeats: int = 20, synthetic: bool = False) -> dict:
     """What training of a config costs; seconds, bytes and counts by name."""
-    this = assemble(config) if synthetic else Run(config)
+    this = assembled(config) if synthetic else Run(config)
     steps = Steps(this, synthetic)
     steps(max(1, warmup))
     seconds, waits = steps(repeats)
@@ -193,7 +201,7 @@ def dollars_per_megapixel(price: float, seconds: float, images: int, shape) -> f
 
 def sample(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repeats: int = 5, price: float = 0.0) -> list[dict]:
     """What sampling costs, a row for each sampler and number of steps; what is not given comes from the config's sample section."""
-    this, rows = assemble(config), []
+    this, rows = assembled(config), []
     batch = batch or this.config["evaluate"]["batch"]
     for sampler, n in itertools.product(samplers or [this.config["sample"]["sampler"]], steps or [this.config["sample"]["steps"]]):
         draws = Draws(this, sampler, n, batch)
@@ -274,7 +282,7 @@ def in_turn(ours, theirs, rounds: int, repeats: int) -> dict:
 def train_vs_torch(config, warmup: int = 3, repeats: int = 5, rounds: int = 7) -> dict:
     """Our train step against PyTorch's, from the same weights on the same batch."""
     torch = reference()
-    this = assemble(config)
+    this = assembled(config)
     module = this.roles["net"].module
     torch.check_train(this.config, module)
     steps = Steps(this, synthetic=True)
@@ -299,7 +307,7 @@ def train_vs_torch(config, warmup: int = 3, repeats: int = 5, rounds: int = 7) -
 def sample_vs_torch(config, samplers=(), steps=(), batch: int = 0, warmup: int = 1, repeats: int = 1, rounds: int = 7) -> list[dict]:
     """Our samplers against PyTorch's loop, a row for each sampler and number of steps."""
     torch = reference()
-    this, rows = assemble(config), []
+    this, rows = assembled(config), []
     role, section, shape = this.roles["net"], this.config["sample"], this.example[0].shape[1:]
     batch = batch or this.config["evaluate"]["batch"]
     for sampler, n in itertools.product(samplers or [section["sampler"]], steps or [section["steps"]]):

@@ -66,13 +66,10 @@ def devices_of(topology: str, slices: int = 1):
     return described.devices, hardware.CHIPS[kind]
 
 
-def assemble(config, devices=None):
-    """A Run on those devices (or those that are here); data of which the config promises what they are are not looked for."""
+def assemble(config, devices):
+    """A Run of a resolved config on those devices (None: those that are here); data that it promises are not looked for."""
     from flowjax.data.pipeline import declared
-    from flowjax.train import settings
     from flowjax.train.assembly import Run
-
-    config = settings.resolve(config)
 
     section = config["data"]
     promised = not isinstance(section, str) and section.get("expect_shape")
