@@ -97,6 +97,18 @@ def test_offloaded_block_inputs_leave_the_device(slice_):
     assert moved["memory"]["temporaries"] < 0.92 * kept["memory"]["temporaries"]
 
 
+def test_what_a_fused_kernel_makes_is_kept_with_the_products(slice_, tmp_path):
+    """model.remat = dots runs splash forward once, as if everything were kept; full runs it again for the backward pass."""
+    data, file = {**DATA, "expect_shape": (128, 128, 4)}, tmp_path / "text"
+
+    def kernels(remat):
+        config = tiny(data=data, model={**DIT, "remat": remat}, batch_size=8, mesh={"data": 1, "fsdp": 8})
+        plan.plan(plan.assemble(settings.resolve(config), slice_[0]), slice_[1], save_text=file)
+        return file.read_text().count('custom_call_target="tpu_custom_call"')
+
+    assert kernels("dots") == kernels("none") == kernels("full") - 1 > 0
+
+
 def test_a_slice_that_is_not_made_of_whole_hosts():
     with pytest.raises(ConfigError, match="v5e:3x3.*valid are for example v5e:2x2"):
         plan.devices_of("v5e:3x3")

@@ -49,6 +49,7 @@ TESTS = {
     "flowjax/exact.py": ["test_exact"],
     "flowjax/generate.py": ["test_generate"],
     "flowjax/rewards.py": ["test_rewards", "test_objectives_reward_model"],
+    "flowjax/models/half.py": ["test_half"],
     "flowjax/objectives": ["test_objectives_table"],
     "flowjax/objectives/add.py": ["test_objectives_add", "test_objectives_table"],
     "flowjax/objectives/adversarial.py": ["test_objectives_add", "test_objectives_vae_gan"],

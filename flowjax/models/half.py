@@ -37,16 +37,16 @@ def _rest(ndim: int, *taken) -> list[int]:
     return [i for i in range(ndim) if i not in sum(taken, ())]
 
 
-def _transposed(side, cotangent, a, b, *, dimension_numbers, half, out):
-    """Of the result's cotangent: that of a (side 0) or b (side 1). The result's axes are the batch, then the rest of a, then that of b."""
-    want, other = (a.aval, b) if side == 0 else (b.aval, a)
-    (mine, theirs), (batch, their_batch) = (pair if side == 0 else pair[::-1] for pair in dimension_numbers)
+def _transposed(of_a, cotangent, a, b, *, dimension_numbers, half, out):
+    """Of the result's cotangent: that of a, or of b. The result's axes are the batch, then the rest of a, then that of b."""
+    want, other = (a.aval, b) if of_a else (b.aval, a)
+    (mine, theirs), (batch, their_batch) = (pair if of_a else pair[::-1] for pair in dimension_numbers)
     rest, their_rest = _rest(want.ndim, mine, batch), _rest(other.ndim, theirs, their_batch)
     count = len(batch)
-    first = count + (len(rest) if side == 0 else 0)  # where the other's axes are in the result
+    first = count + (len(rest) if of_a else 0)  # where the other's axes are in the result
     dims = ((range(first, first + len(their_rest)), their_rest), (range(count), their_batch))
     made = half_dot(cotangent, other, dims, half, want.dtype.name)
-    # Axes of `made`: the batch, the rest of this side, and what was summed over, in the order in which the other has it.
+    # Axes of `made`: the batch, the rest of this input, and what was summed over, in the order in which the other has it.
     order = [*batch, *rest, *(mine[theirs.index(i)] for i in sorted(theirs))]
     return jax.lax.transpose(made, [order.index(i) for i in range(want.ndim)])
 
@@ -67,6 +67,6 @@ def _mapped(args, axes, *, dimension_numbers, half, out):
 _primitive = Primitive(NAME)
 _primitive.def_impl(jax.jit(_compute, static_argnames=("dimension_numbers", "half", "out")))
 _primitive.def_abstract_eval(_typed)
-ad.defbilinear(_primitive, functools.partial(_transposed, 0), functools.partial(_transposed, 1))
+ad.defbilinear(_primitive, functools.partial(_transposed, True), functools.partial(_transposed, False))
 batching.primitive_batchers[_primitive] = _mapped
 mlir.register_lowering(_primitive, mlir.lower_fun(_compute, multiple_results=False))
