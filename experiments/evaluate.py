@@ -148,8 +148,8 @@ def main():
 
 
 def measure():
+    from flowjax import storage
     from flowjax.evals import protocol
-    from flowjax.train import files
 
     checkpoint = sampling.CHECKPOINT.value
     role, params, info = sampling.load()
@@ -168,7 +168,7 @@ def measure():
         checkpoint=str(checkpoint), results=results,
     )  # fmt: skip
     name = f"evaluation-{info['weights'].replace('/', '_')}-{info['step']}-{protocol.digest(circumstances)}.json"
-    path = files.path(RECORD.value) if RECORD.value else files.path(checkpoint) / name
+    path = storage.path(RECORD.value) if RECORD.value else storage.path(checkpoint) / name
     if jax.process_index() == 0:
         record.write(path)
         print(json.dumps(results, indent=1))

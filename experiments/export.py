@@ -23,12 +23,13 @@ LATENT_EXAMPLES = flags.DEFINE_integer("latent_examples", 50_000, "Examples for 
 
 def main():
     runtime.setup()
+    from flowjax import storage
     from flowjax.data.pipeline import pipeline
     from flowjax.interop import lora
-    from flowjax.train import export, files
+    from flowjax.train import export
 
     step = STEP.value or None
-    out = files.path(OUT.value) if OUT.value else files.path(WORKDIR.value) / "export"
+    out = storage.path(OUT.value) if OUT.value else storage.path(WORKDIR.value) / "export"
     latents = None
     if POSTHOC_STD.value and WEIGHTS.present:
         raise ConfigError("--weights and --posthoc_std exclude each other")

@@ -96,8 +96,8 @@ def by_reward():
 
 def by_hand():
     """The page, until it is stopped."""
+    from flowjax import storage
     from flowjax.data import votes
-    from flowjax.train import files
     from tools import prefer_page
 
     if sampling.CHECKPOINT.value:
@@ -106,7 +106,7 @@ def by_hand():
     else:
         session = votes.Session(OUT.value)
     who = WHO.value or getpass.getuser()
-    with files.owned(session.folder, "used"):
+    with storage.owned(session.folder, "used"):
         session.votes()  # damage is told now
         try:
             server = prefer_page.serve(session, who, PORT.value)

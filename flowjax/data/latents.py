@@ -15,13 +15,13 @@ its roles.text. The tokenizer's file is kept beside the records, for prompts.
 
 import hashlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import flowjax
+from flowjax import storage
 from flowjax.config import ConfigError, keywords
 from flowjax.data import records, text as text_lib
 from flowjax.data.pipeline import ordered
@@ -136,7 +136,7 @@ def _tokenizer(section, manifest, encoder: Encoder):
 def _file(tokenizer, manifest) -> dict[str, bytes]:
     """The files of the tokenizer, or of that with which captions were embedded before."""
     if tokenizer is None and manifest.get("tokenizer", {}).get("sha256"):
-        tokenizer = text_lib.build(text_lib.stored(manifest["embedded"]["section"], pathlib.Path(manifest["path"]).expanduser()))
+        tokenizer = text_lib.build(text_lib.stored(manifest["embedded"]["section"], storage.path(manifest["path"])))
     return {name: file.read_bytes() for name, file in tokenizer.files.items()} if tokenizer else {}
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from flowjax import storage
 from flowjax.config import ConfigError, build as build_section, keywords
 from flowjax.data.records import DataError
 
@@ -174,11 +175,11 @@ def _file(path: str, length: int, pad: int = 0, truncate: bool = False, pairs: b
         import tokenizers
     except ImportError:
         raise ConfigError("text.name = 'file' needs the tokenizers library: pip install 'flowjax[text]'") from None
-    file = pathlib.Path(path).expanduser()
+    file = storage.path(path)
     if not file.is_file():
         raise DataError(f"text.path = {path!r}: no such file")
     try:
-        inner = tokenizers.Tokenizer.from_file(str(file))
+        inner = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing more specific
         raise DataError(f"{file} is not a file of the tokenizers library ({error})") from None
     inner.no_truncation()  # both are done here, where they are seen
@@ -235,7 +236,7 @@ def resolved(section):
         return {**section, "parts": [resolved(part) for part in section["parts"]]}
     if not section or keywords(section)["name"] != "export":
         return section
-    folder = pathlib.Path(keywords(section).get("path", "")).expanduser()
+    folder = storage.path(keywords(section).get("path", ""))
     try:
         found = json.loads((folder / "config.json").read_text()).get("text")
     except (OSError, json.JSONDecodeError):

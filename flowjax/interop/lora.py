@@ -25,13 +25,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from flowjax import storage
 from flowjax.config import ConfigError, lookup
 from flowjax.interop import dit, files, flux, mmdit, original, unet
 from flowjax.models.dit import DiT
 from flowjax.models.flux import Flux
 from flowjax.models.mmdit import MMDiT
 from flowjax.models.unet import UNet
-from flowjax.train import files as paths
 from flowjax.train.lora import Lora, added, parts
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -362,7 +362,7 @@ def write(file, net, params, adapter, lora: Lora, layout: str):
     """Write the safetensors file of an adapter."""
     if not isinstance(lora, Lora):
         raise ConfigError(f"the embedding of a new word ({lora.token!r}) has no place in layout {layout!r}; use --adapter=flowjax")
-    paths.path(file).write_bytes(files.packed(*to_file(net, params, adapter, lora, layout)))
+    storage.path(file).write_bytes(files.packed(*to_file(net, params, adapter, lora, layout)))
 
 
 def read(file, net, params):
@@ -438,7 +438,7 @@ def _called(net, layout, kernels) -> dict[str, tuple]:
 
 def _beside(file) -> str:
     """The settings of a file of peft itself, which are in a file of their own."""
-    beside = paths.path(file).parent / "adapter_config.json"
+    beside = storage.path(file).parent / "adapter_config.json"
     if not beside.exists():
         raise ConfigError(f"{file} is a file of peft, whose scale is in {beside}, which is missing")
     return beside.read_text()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax import conditions, generate, objectives
+from flowjax import conditions, generate, objectives, storage
 from flowjax.config import ConfigError, arguments, keywords
 from flowjax.data import text as text_lib
 from flowjax.data.pipeline import pipeline
@@ -16,7 +16,7 @@ from flowjax.data.sources import MARK
 from flowjax.models import layers, sharding, text_encoders
 from flowjax.objectives import repa
 from flowjax.objectives.base import same_meaning
-from flowjax.train import checkpoint, checks, ema, export, files, generator, inversion, lora, optim, settings
+from flowjax.train import checkpoint, checks, ema, export, generator, inversion, lora, optim, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.roles import build_role, same_shapes
@@ -337,7 +337,7 @@ class Run:
             raise ConfigError(f"{where}: this run has no average of {role} (ema) that could go on with it")
         if kept := [k for k in mine if k in self.snapshots]:
             raise ConfigError(f"{where}: ema.{kept[0]}.snapshot_every counts from the start of a run; set it to 0")
-        if source == "params" or (files.path(section["checkpoint"]) / "params").exists():
+        if source == "params" or (storage.path(section["checkpoint"]) / "params").exists():
             raise ConfigError(f"{where} goes on with an average of a workdir; 'params' are none, and an export has none beside its weights")
         _, params, info = export.load(section["checkpoint"], source, self.loaded[role][1]["step"], where=f"roles.{role}")
         count = info["step"] + info.get("continued", {}).get(source, 0)

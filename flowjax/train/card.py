@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowjax import storage
 from flowjax.config import keywords
 from flowjax.train import ema as ema_lib
-from flowjax.train import files, hardware, optim
+from flowjax.train import hardware, optim
 
 
 def peak_flops() -> float | None:
@@ -54,7 +55,7 @@ def write(workdir, facts: dict):
         walk(v, k, 0)
     text = "\n".join(lines)
     if jax.process_index() == 0:
-        workdir = files.path(workdir)
+        workdir = storage.path(workdir)
         (workdir / "card.json").write_text(json.dumps(facts, indent=1, default=str))
         (workdir / "card.txt").write_text(text + "\n")
     return text

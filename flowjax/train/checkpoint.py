@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowjax import storage
 from flowjax.config import ConfigError
-from flowjax.train import files
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,7 @@ def _absolute(directory):
     """etils' epath of an absolute path, which orbax asks for, or of a bucket's."""
     from etils import epath
 
-    return epath.Path(directory if files.remote(directory) else pathlib.Path(directory).absolute())
+    return epath.Path(directory if storage.remote(directory) else pathlib.Path(directory).absolute())
 
 
 def save_tree(directory, params):

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowjax import conditions
+from flowjax import conditions, storage
 from flowjax.config import ConfigError
 from flowjax.models import vae
 from flowjax.train import checkpoint as ck
-from flowjax.train import ema, files, inversion, lora, posthoc
+from flowjax.train import ema, inversion, lora, posthoc
 from flowjax.train.roles import build_role
 
 
@@ -30,7 +30,7 @@ def write(out, params, info: dict):
     """Write an export directory; config.json comes last, so an export cut short is not mistaken for a whole one."""
     from safetensors.numpy import save
 
-    out = files.path(out)
+    out = storage.path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").unlink(missing_ok=True)
     params = ck.host(params)
@@ -44,7 +44,7 @@ def write(out, params, info: dict):
 
 def info_of(path) -> dict:
     """config.json of an export or a workdir, as {"model", "path", "prediction", ...}."""
-    path = files.path(path)
+    path = storage.path(path)
     file = path / "config.json"
     if not file.exists():
         raise ConfigError(f"{path} is neither an export nor a workdir: it has no config.json")
@@ -126,7 +126,7 @@ def same_base(info, base, where: str):
 
 def stored(path, weights: str = "ema", step: int | None = None, where: str = "checkpoint", posthoc_std: float = 0.0, place=None):
     """`load` without the base of an adapter: the role has a `lora` then, and the params are the adapter's."""
-    path = files.path(path)
+    path = storage.path(path)
     info = info_of(path)
     role = role_of(info, where)
     target = abstract(role, info, place)
@@ -150,7 +150,7 @@ def stored(path, weights: str = "ema", step: int | None = None, where: str = "ch
 def _origin(path, info, name: str):
     """(checkpoint, weights) of the frozen role `name` (vae, text) that a network works with, or None: inside the export itself,
     or where its run took it from."""
-    nested = files.path(path) / name
+    nested = storage.path(path) / name
     section = info.get("config", {}).get("roles", {}).get(name)
     if (nested / "config.json").exists():
         return nested, "ema"
@@ -190,12 +190,12 @@ def tokenizer_section(path, info) -> dict:
     """The section of `tokenizer_of`, with the files that an export has of its own."""
     from flowjax.data import text
 
-    return text.kept(info["text"], files.path(path))
+    return text.kept(info["text"], storage.path(path))
 
 
 def write_tokenizer(out, contents: dict):
     """Make {name: content} the tokenizer's files of an export directory, and remove those of another one."""
-    out = files.path(out)
+    out = storage.path(out)
     for old in list(out.glob("tokenizer*.json")):
         old.unlink()
     for name, content in contents.items():
@@ -217,7 +217,7 @@ def export(
         info = {**info, "latents": {k: [float(v) for v in latents[k]] for k in ("mean", "std")}}
     companions = {name: None if adapter else companion_of(source, info, name, f"roles.{name}") for name in ("vae", "text")}
     tokenizer = {k: v.read_bytes() for k, v in tokenizer_of(source, info).files.items()} if info.get("text") else {}
-    out = files.path(out)
+    out = storage.path(out)
     # What stands there stops being an export before any part of it is replaced; nothing of another one may stay.
     (out / "config.json").unlink(missing_ok=True)
     for name, found in companions.items():

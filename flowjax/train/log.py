@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from flowjax.train import files
+from flowjax import storage
 
 
 def plain(value):
@@ -23,14 +23,14 @@ class Log:
 
     def __init__(self, workdir, start: int = 0, total: int = 0, tensorboard: bool = True, progress: bool = True):
         self.main = jax.process_index() == 0
-        self.path = files.path(workdir) / "metrics.jsonl"
+        self.path = storage.path(workdir) / "metrics.jsonl"
         self._bar = self._board = self._file = None
         if not self.main:
             return
         rows = [row for row in read(self.path) if row["step"] <= start] if start and self.path.exists() else []
         self._lines = [json.dumps(row) + "\n" for row in rows]
         self.path.write_text("".join(self._lines))
-        self._file = None if files.remote(self.path) else self.path.open("a", buffering=1)
+        self._file = None if storage.remote(self.path) else self.path.open("a", buffering=1)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -87,7 +87,7 @@ class Log:
 def read(path) -> list[dict]:
     """Rows of a metrics.jsonl; a last line cut off by a crash is ignored."""
     rows = []
-    for line in files.path(path).read_text().splitlines():
+    for line in storage.path(path).read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -13,10 +13,10 @@ import time
 import jax
 import numpy as np
 
-from flowjax import conditions, generate
+from flowjax import conditions, generate, storage
 from flowjax.config import ConfigError
 from flowjax.models import flops
-from flowjax.train import card, checkpoint, files, goodput, log, optim, panel, pictures, posthoc, settings
+from flowjax.train import card, checkpoint, goodput, log, optim, panel, pictures, posthoc, settings
 from flowjax.train import mesh as mesh_lib
 from flowjax.train import step as step_lib
 from flowjax.train.assembly import Run
@@ -35,7 +35,7 @@ def run(config, workdir, stop: threading.Event | None = None, began: float | Non
     loss does.
     """
     clock = goodput.Goodput(began)
-    workdir = files.path(workdir)
+    workdir = storage.path(workdir)
     this = Run(config)
     stop = stop or threading.Event()
     with contextlib.ExitStack() as cleanup:
@@ -63,7 +63,7 @@ def _run(this, config, workdir, stop, main, clock, cleanup):
     _check_best(config, lowered[this.pipeline.shape].out_info[1])
     _claim(workdir, this)
     if main:
-        cleanup.enter_context(files.owned(workdir))
+        cleanup.enter_context(storage.owned(workdir))
 
     # --- compile once, beside what follows; a step of any other shape would raise instead of compiling again
     compiler = cleanup.enter_context(concurrent.futures.ThreadPoolExecutor(1))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from flowjax import storage
 from flowjax.evals.image import to_uint8
-from flowjax.train import files
 
 
 def grid(images, path, columns: int = 10, least: int = 32):
@@ -24,7 +24,7 @@ def grid(images, path, columns: int = 10, least: int = 32):
 
 
 def _write(path, draw):
-    path = files.path(path)
+    path = storage.path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         draw(file)

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from flowjax import storage
 from flowjax.config import ConfigError
-from flowjax.train import checkpoint, files
+from flowjax.train import checkpoint
 from flowjax.train.ema import gamma_of_std
 
 
@@ -62,7 +63,7 @@ def reconstruct(snapshots: Sequence[tuple], step: int, std: float):
 
 def save(workdir, name: str, step: int, std: float, tree):
     """Keep the average `name` as it is at `step`."""
-    folder = files.path(workdir) / "snapshots"
+    folder = storage.path(workdir) / "snapshots"
     checkpoint.save_tree(folder / f"{name}-{step}", tree)
     told = {"step": step, "std": std, "name": name, "fingerprints": checkpoint.fingerprints(tree)}
     if jax.process_index() == 0:
@@ -74,7 +75,7 @@ def load(workdir, names: Iterable[str], target, step: int | None, std: float):
 
     Raises ConfigError where there are none, where none is of that step, and where one is damaged.
     """
-    folder, names = files.path(workdir) / "snapshots", set(names)
+    folder, names = storage.path(workdir) / "snapshots", set(names)
     gamma_of_std(std)
     found = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     found = sorted((f for f in found if f["name"] in names), key=lambda f: (f["step"], f["std"]))

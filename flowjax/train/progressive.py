@@ -4,8 +4,9 @@ import copy
 import threading
 from collections.abc import Sequence
 
+from flowjax import storage
 from flowjax.config import ConfigError, keywords
-from flowjax.train import files, loop, settings
+from flowjax.train import loop, settings
 
 OBJECTIVES = "progressive_distillation", "guided_progressive_distillation"
 
@@ -39,7 +40,7 @@ def run(config, teacher: str, steps: Sequence[str], workdir):
         raise ConfigError(f"--config has objective {base['objective']!r}, not {' or '.join(OBJECTIVES)}")
     counts = halvings(list(steps))
     for n in counts:
-        own, stop = files.path(workdir) / str(n), threading.Event()
+        own, stop = storage.path(workdir) / str(n), threading.Event()
         loop.run(stage(base, n, teacher, n == counts[0]), own, stop)
         if stop.is_set():
             return

@@ -1,4 +1,4 @@
-"""A run's small files in a bucket, through etils, on an object store in memory; arrays go through tensorstore (not tested)."""
+"""A run's small files and data in a bucket, through etils, on an object store in memory; arrays go through tensorstore (not tested)."""
 
 import io
 import json
@@ -12,8 +12,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from flowjax import storage
 from flowjax.config import ConfigError
-from flowjax.train import assembly, export, files, log, loop, pictures
+from flowjax.data import pipeline, records
+from flowjax.evals import image
+from flowjax.train import assembly, export, log, loop, pictures
 from flowjax.train.goodput import Goodput
 from train_runs import tiny
 
@@ -40,14 +43,15 @@ class Bucket(MemoryFileSystem):
 def bucket(monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: {"gcs": Bucket}[name](**options))
     Bucket.store.clear()
-    return files.path("gs://bucket/run")
+    Bucket.pseudo_dirs[:] = [""]
+    return storage.path("gs://bucket/run")
 
 
 def test_paths():
-    assert files.path("/tmp/x") == pathlib.Path("/tmp/x") and type(files.path("runs/x")) is type(pathlib.Path("runs/x"))
-    assert files.remote("gs://b/x") and files.remote(files.path("s3://b/x")) and not files.remote(pathlib.Path("/b/x"))
-    assert str(files.path("gs://b/x") / "metrics.jsonl") == "gs://b/x/metrics.jsonl"
-    assert files.path(files.path("gs://b/x")) == files.path("gs://b/x")
+    assert storage.path("/tmp/x") == pathlib.Path("/tmp/x") and type(storage.path("runs/x")) is type(pathlib.Path("runs/x"))
+    assert storage.remote("gs://b/x") and storage.remote(storage.path("s3://b/x")) and not storage.remote(pathlib.Path("/b/x"))
+    assert str(storage.path("gs://b/x") / "metrics.jsonl") == "gs://b/x/metrics.jsonl"
+    assert storage.path(storage.path("gs://b/x")) == storage.path("gs://b/x")
 
 
 def test_rows_in_a_bucket_appear_with_the_checkpoint(bucket):
@@ -92,10 +96,50 @@ def test_clock_pictures_and_config_in_a_bucket(bucket):
         export.info_of("gs://bucket/other")
 
 
+def test_data_and_their_tokenizer_are_read_from_a_bucket(bucket, tmp_path, monkeypatch):
+    """Shards by array_record's own reader of buckets, which here finds them in a folder."""
+    import tokenizers
+    from array_record.python import array_record_data_source
+
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    rows = (("train", f"row {i}", {"image": x, "caption": "one two" if i % 2 else "two"}) for i, x in enumerate(images))
+    records.write(tmp_path / "data", rows, name="small", shard_bytes=200)
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "one": 1, "two": 2}, unk_token="[PAD]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "data" / "tokenizer.json"))
+    bucket.mkdir(parents=True)
+    for file in (tmp_path / "data").iterdir():
+        (bucket / file.name).write_bytes(file.read_bytes())
+    read, asked = array_record_data_source.ArrayRecordDataSource, []
+
+    def reader(shards):
+        asked.extend(shards)
+        return read([shard.replace("gs://bucket/run", str(tmp_path / "data")) for shard in shards])
+
+    monkeypatch.setattr(array_record_data_source, "ArrayRecordDataSource", reader)
+    text = {"name": "file", "path": "gs://bucket/run/tokenizer.json", "length": 3}
+    found = pipeline.arrays({"name": "array_record", "path": "gs://bucket/run", "text": text})
+    np.testing.assert_array_equal(image.quantise(found["x"]), images)
+    assert found["cond"]["tokens"].tolist() == [[2, 0, 0], [1, 2, 0]] * 3
+    assert len(asked) > 1 and all(shard.startswith("gs://bucket/run/train-") for shard in asked)
+    manifest = records.read_manifest("gs://bucket/run")
+    assert records.damaged("gs://bucket/run", manifest, thorough=True) == []
+    whole = pathlib.Path(asked[0]).name
+    (bucket / whole).write_bytes(bytes((bucket / whole).stat().length))
+    assert records.damaged(bucket, manifest) == [] and records.damaged(bucket, manifest, thorough=True) == [asked[0]]
+    (bucket / whole).unlink()
+    with pytest.raises(records.DataError, match=f"{asked[0]}: missing or not of the size"):
+        records.Records("gs://bucket/run", "train")
+    with pytest.raises(records.DataError, match="gs://bucket/none/manifest.json does not exist"):
+        pipeline.arrays({"name": "array_record", "path": "gs://bucket/none"})
+    with pytest.raises(ConfigError, match="gs://bucket/new: a data set is written to a folder"):
+        records.write("gs://bucket/new", [], name="small")
+
+
 HOLD = """
 import sys, time, pathlib
-from flowjax.train import files
-with files.owned(pathlib.Path(sys.argv[1])):
+from flowjax import storage
+with storage.owned(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """

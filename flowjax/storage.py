@@ -1,4 +1,4 @@
-"""Where the files of a run lie: a folder of this machine, or a bucket (gs://..., s3://...) through etils.
+"""Where the files of a run or a data set lie: a folder of this machine, or a bucket (gs://..., s3://...) through etils.
 
 A bucket has no appending and no cheap renaming, so what grows (metrics.jsonl) is kept in memory and written whole now and then.
 """
@@ -16,12 +16,21 @@ def remote(where) -> bool:
 
 
 def path(where):
-    """pathlib.Path, or for a bucket etils' epath.Path, which has the same methods."""
+    """pathlib.Path, ~ expanded, or for a bucket etils' epath.Path, which has the same methods."""
     if not remote(where):
-        return pathlib.Path(where)
+        return pathlib.Path(where).expanduser()
     from etils import epath
 
     return epath.Path(where)
+
+
+def size(file) -> int | None:
+    """Bytes of a file of `path`, None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.length if hasattr(found, "length") else found.st_size  # etils has a word of its own
 
 
 @contextlib.contextmanager
