@@ -134,14 +134,26 @@ def test_by_label_compares_rows_of_one_label():
             rows = [jax.tree.map(lambda v, i=i: v[i : i + 1], batch) for i in range(4)]
             wanted = sum(loss(net, row, particles=1)[1]["discrepancy"] for row in rows) / 16
         np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def test_by_label_groups_rows_of_one_label():
+    """Of 400 rows of 10 labels, at most one group in each change of label is mixed; rows keep what belongs to them."""
+    label = jax.random.randint(KEY, (400,), 0, 10)
+    batch = {"x": label[:, None] + jnp.arange(400)[:, None] / 1000, "cond": {"label": label}}
+    out = rolled(batch=batch, by_label=True)
+    np.testing.assert_array_equal(jnp.floor(out["x"][:, 0]), out["cond"]["label"])
+    np.testing.assert_array_equal(jnp.sort(out["x"], axis=0), jnp.sort(batch["x"], axis=0))
+    groups = np.asarray(out["cond"]["label"]).reshape(-1, 4)
+    assert (groups != groups[:, :1]).any(1).sum() <= 9
+    np.testing.assert_array_equal(rolled(batch=batch)["x"], batch["x"])
     with pytest.raises(ConfigError, match="objective.by_label needs data with labels"):
-        loss(net, batch, by_label=True)
+        rolled(batch={"x": batch["x"], "cond": {}}, by_label=True)
 
 
-def rolled(n=400, path=RF, null=None, **settings):
+def rolled(n=400, path=RF, null=None, batch=None, **settings):
     bound = objectives.build({"name": "inductive_moment_matching", **settings})
     net = Model(None, path, "velocity", null, step_embed=True)
-    batch = {"x": jnp.zeros((n, 1)), "cond": {"label": jnp.zeros(n, int)}}
+    batch = batch or {"x": jnp.zeros((n, 1)), "cond": {"label": jnp.zeros(n, int)}}
     return bound.rollout({"net": net}, batch, KEY)
 
 

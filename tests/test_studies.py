@@ -16,6 +16,7 @@ from experiments import study
 from experiments.studies import common, distillation
 from experiments.studies.distilling import claims, methods, parts
 from flowjax import exact, objectives, paths
+from flowjax.data import records, text
 from flowjax.predictions import Model
 from flowjax.train import export
 from flowjax.train import settings as settings_lib
@@ -228,27 +229,58 @@ def test_a_student_has_the_compute_it_is_given(tmp_path, monkeypatch):
     assert taught["steps"] == pytest.approx(part.budget * 3 / 4, rel=0.02)
 
 
-def test_a_life_asks_for_stages_and_tools_that_there_are(tmp_path, monkeypatch):
-    """And a shortened life leaves alone what a whole one would go on with."""
+@pytest.fixture
+def lives(tmp_path, monkeypatch):
+    """{name: Life} of study lifecycle, its base, the settings of what is trained, and the tools that are called, of which none is."""
     flags.FLAGS.mark_as_parsed()
     monkeypatch.setattr(flags.FLAGS["runs"], "value", str(tmp_path))
     for kind in ("float", "integer", "enum"):  # other binaries have flags of these names too
         monkeypatch.setattr(flags, f"DEFINE_{kind}", lambda name, default, *a, **k: types.SimpleNamespace(value=default))
-    lifecycle = importlib.import_module("experiments.studies.lifecycle")
-    monkeypatch.delitem(sys.modules, "experiments.studies.lifecycle")
+    before = {*sys.modules}
+    study = importlib.import_module("experiments.studies.lifecycle")
+    base = sys.modules["experiments.studies.living.base"]
+    for name in {*sys.modules} - before:
+        if name.startswith("experiments.studies."):
+            del sys.modules[name]  # with flags that are none
     trained, tools = {}, []
     monkeypatch.setattr(common, "train", lambda name, settings: trained.setdefault(name, settings_lib.resolve(settings)) and tmp_path / name)
     monkeypatch.setattr(common, "binary", lambda module, *arguments: tools.append((module, arguments[-1])))
-    stages = [stage for stage, *_ in lifecycle.stages()]
-    assert len(stages) == 8 and len(trained) == 9 and all(importlib.util.find_spec(module) for module, _ in tools)
-    objectives_of = [objectives.build(s["objective"]) for s in trained.values()]
-    assert all({*s["roles"]} <= {*o.roles} for s, o in zip(trained.values(), objectives_of))
-    before, made = {*trained}, {out for _, out in tools}
-    lifecycle.SHORTEN.value = 0.1
+    return study.LIVES, base, trained, tools
+
+
+def of_a_few_emoji(path):
+    """A data set of captions of both domains, and the subject among those held out, with a tokenizer."""
+    captions = [f"{who} with {DOMAIN}" for who in ("man", "woman", "cook")] + ["red heart", "rainbow", "slice of pizza"]
+    rows = [("train", c, {"image": np.full((64, 64, 3), i, np.uint8), "caption": c}) for i, c in enumerate(captions)]
+    rows.append(("test", "dog", {"image": np.zeros((64, 64, 3), np.uint8), "caption": "dog face"}))
+    records.write(path, rows, name="few")
+    text.learn(captions, 300).save(str(path / "tokenizer.json"))
+
+
+DOMAIN = "medium skin tone"
+
+
+@pytest.mark.parametrize("name, stages, runs, made", [("digits", 8, 9, 3), ("emoji", 8, 10, 5)])
+def test_a_life_asks_for_stages_and_tools_that_there_are(name, stages, runs, made, lives, tmp_path, monkeypatch):
+    """And a shortened life leaves alone what a whole one would go on with."""
+    lives, base, trained, tools = lives
+    if name == "emoji":
+        of_a_few_emoji(tmp_path / "few")
+        monkeypatch.setattr(flags.FLAGS["data"], "value", str(tmp_path / "few"))
+        monkeypatch.setitem(lives["emoji"].stages.__globals__, "PROMPTS", 3)
+    life = lives[name]()
+    assert len([stage for stage, *_ in life.stages()]) == stages and len(trained) == runs
+    assert len(tools) == made and all(importlib.util.find_spec(module) for module, _ in tools)
+    for settings in trained.values():
+        # A role is none that the objective lacks, and what is loaded is the workdir of another stage.
+        assert {*settings["roles"]} <= {*objectives.build(settings["objective"]).roles}
+        assert all(role["checkpoint"].removeprefix(f"{tmp_path}/") in trained for role in settings["roles"].values())
+    before, written = {*trained}, {out for _, out in tools}
+    base.SHORTEN.value = 0.1
     tools.clear()
-    list(lifecycle.stages())
-    assert len(trained) == 2 * len(before) and not made & {out for _, out in tools} and len(tools) == 3
-    assert lifecycle.result("lifecycle").startswith(str(tmp_path))
+    list(life.stages())
+    assert len(trained) == 2 * len(before) and not written & {out for _, out in tools} and len(tools) == made
+    assert life.result(life.name).startswith(str(tmp_path))
 
 
 def test_what_was_measured_of_a_run_is_measured_again_when_it_has_gone_on(tmp_path):

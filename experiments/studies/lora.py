@@ -11,7 +11,7 @@ from configs.digits_lora import KERNELS
 from experiments.studies import common, digits
 from flowjax.train import runtime
 
-RANKS, RATES, STEPS = (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2), 400
+RANKS, RATES, STEPS = (4, 16, 64), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 400
 
 
 def data() -> dict:

@@ -12,8 +12,9 @@ gap is (eta_max - eta_min) / 2^k.
     omega = sigmoid(bias - lambda) (-lambda') / 2  a^power / (a^2 + b^2),   lambda = log(a^2 / b^2)
 
 The terms of i = j pull y_i to y~_i, as consistency training does, whatever the size of the groups; as they get larger these weigh less
-and the rest is the squared maximum mean discrepancy between the distributions of y and y~. Labels are not compared, unless by_label:
-then k counts only between rows of one label, for the joint distribution with it.
+and the rest is the squared maximum mean discrepancy between the distributions of y and y~, of all labels together: beyond i = j nothing
+says which label a sample should show. With by_label rows are grouped by their labels, and k counts only between rows of one label, for
+the joint distribution with it. The paper does not say how its groups are made; its training code is not public.
 """
 
 import jax
@@ -26,15 +27,22 @@ from flowjax.objectives.flow_map import check
 from flowjax.paths import expand
 
 
-def rollout(nets, batch, key, *, particles: int = 4, time="uniform", gap: float = 0.04, label_drop: float = 0.0):
+def rollout(nets, batch, key, *, particles: int = 4, time="uniform", gap: float = 0.04, label_drop: float = 0.0, by_label: bool = False):
     """Draw t, and s uniform below it, once for a group, r between them, and noise; drop labels.
 
     time: the law of t, a section of flowjax.times, from t_min = 0.001 to t_max = 0.994 where it does not say otherwise.
+    by_label: neighbours, which become groups, have the same label wherever there are enough of it.
     """
-    net, x, n = nets["net"], batch["x"], len(batch["x"])
+    net, n = nets["net"], len(batch["x"])
     check(net)
     if particles < 1 or n % particles:
         raise ConfigError(f"objective.particles = {particles} should divide the batch's {n} rows")
+    if by_label:
+        if "label" not in batch["cond"]:
+            raise ConfigError("objective.by_label needs data with labels")
+        order = jnp.argsort(batch["cond"]["label"])
+        batch = jax.tree.map(lambda v: v[order], batch)
+    x = batch["x"]
     if not gap > 0:
         raise ConfigError(f"objective.gap = {gap} should be positive")
     key_t, key_s, key_z, key_drop = jax.random.split(key, 4)
@@ -70,8 +78,6 @@ def loss(nets, batch, key, *, particles: int = 4, bias: float = 4.0, power: floa
     width = y.shape[-1] * jnp.maximum(grouped(t - s), floor)  # of each row's group
     alike = 1.0
     if by_label:
-        if "label" not in batch["cond"]:
-            raise ConfigError("objective.by_label needs data with labels")
         label = grouped(batch["cond"]["label"])
         alike = label == label.swapaxes(1, 2)
 
