@@ -139,7 +139,7 @@ def test_by_label_compares_rows_of_one_label():
 def test_by_label_groups_rows_of_one_label():
     """Of 400 rows of 10 labels, at most one group in each change of label is mixed; rows keep what belongs to them."""
     label = jax.random.randint(KEY, (400,), 0, 10)
-    batch = {"x": label[:, None] + jnp.arange(400)[:, None] / 1000, "cond": {"label": label}}
+    batch = {"x": label[:, None] + jnp.arange(400)[:, None] / 1000, "cond": {"label": label}, "step": jnp.zeros((), int)}  # as the train step adds it
     out = rolled(batch=batch, by_label=True)
     np.testing.assert_array_equal(jnp.floor(out["x"][:, 0]), out["cond"]["label"])
     np.testing.assert_array_equal(jnp.sort(out["x"], axis=0), jnp.sort(batch["x"], axis=0))

@@ -41,7 +41,7 @@ def rollout(nets, batch, key, *, particles: int = 4, time="uniform", gap: float 
         if "label" not in batch["cond"]:
             raise ConfigError("objective.by_label needs data with labels")
         order = jnp.argsort(batch["cond"]["label"])
-        batch = jax.tree.map(lambda v: v[order], batch)
+        batch = batch | jax.tree.map(lambda v: v[order], {k: batch[k] for k in ("x", "cond")})
     x = batch["x"]
     if not gap > 0:
         raise ConfigError(f"objective.gap = {gap} should be positive")
