@@ -3,7 +3,9 @@
     python -m experiments.train --config=configs/digits_imm.py --workdir=runs/digits_imm
     python -m experiments.evaluate --checkpoint=runs/digits_imm
 
-Sampling begins where training ends, at t = 0.994, and is guided as that of a diffusion model.
+Sampling begins where training ends, at t = 0.994, and is guided as that of a diffusion model. Groups of one label,
+--config.objective.by_label=True, are no better here: after 1,500 steps, in two, unguided, 90.8 % class agreement and 1.96 of the training
+images' distance, instead of 94.6 % and 2.13 (one seed, experiments.evaluate --guidance=none --count=500).
 """
 
 from configs import digits
