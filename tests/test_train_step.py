@@ -14,8 +14,9 @@ from flowjax.models import sharding
 from flowjax.objectives.base import Objective, Player
 from flowjax.train import ema, mesh as mesh_lib, optim
 from flowjax.train import step as step_lib
+from flowjax.train.assembly import Run
 from flowjax.train.roles import Role
-from train_runs import same
+from train_runs import same, tiny
 
 SGD = {"name": "sgd", "momentum": 0.0, "schedule": {"name": "constant", "rate": 1.0}}
 
@@ -338,6 +339,17 @@ def test_dropout_is_drawn_anew_for_every_slice_and_step():
 
 
 # --- compilation and memory
+
+
+def test_the_compiled_step_grows_in_proportion_to_the_leaves():
+    """And not with their square, as it did when every leaf's fusion found out anew whether all of them are finite."""
+
+    def lines(depth):
+        run = Run(tiny(model={"name": "mlp", "width": 8, "depth": depth, "num_classes": 4}))
+        return run.step().lower(run.target, run.frozen, run.batch()).compile().as_text().count("\n")
+
+    few, more, many = lines(4), lines(8), lines(16)
+    assert many - more == pytest.approx(2 * (more - few), rel=0.1)
 
 
 def test_compiles_once_and_refuses_other_shapes():

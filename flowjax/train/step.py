@@ -206,7 +206,10 @@ def make_step(
             finite[player.role] = ok
         n = (state.step + 1).astype(jnp.float32)
         ema = {k: ema_lib.update(state.ema[k], state.params[of], decay(n)) for k, (decay, of) in averages.items()}
-        good = jnp.all(jnp.concatenate(list(finite.values())))
+        # XLA writes a cheap scalar anew into whatever reads it, here every leaf of the state, and this one has a term for every leaf: the code
+        # would grow with their square. It does not do that with roots.
+        bad = jnp.sqrt(jnp.sum(~jnp.concatenate(list(finite.values())), dtype=jnp.float32))
+        good = bad == 0
         state = jax.tree.map(lambda new, old: jnp.where(good, new, old), state.replace(ema=ema), start)
         return state.replace(step=start.step + 1), {**metrics, "finite": finite}
 
