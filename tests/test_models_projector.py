@@ -36,7 +36,7 @@ def test_counts_of_the_paper():
     """SiT-XL/2 (width 1152) to DINOv2-B (768)."""
     for fields, expected in (({}, 8_131_328), ({"conv": True}, 9 * 1152 * 768 + 768)):
         net = Projector(8, 768, **fields)
-        made = jax.eval_shape(lambda net=net: net.init(jax.random.key(0), jnp.zeros((1, 4, 1152)), (2, 2)))
+        made = jax.eval_shape(lambda net=net: net.init(jax.random.key(0), {8: jnp.zeros((1, 4, 1152))}, (2, 2)))
         assert sum(leaf.size for leaf in jax.tree.leaves(made)) == expected
 
 
@@ -45,7 +45,7 @@ def test_the_three_maps_of_a_token_by_hand():
     params = {"fc1": eye, "fc2": {"kernel": 2 * jnp.eye(2), "bias": jnp.ones(2)}, "fc3": {"kernel": jnp.eye(2), "bias": jnp.full(2, 10.0)}}
     h = np.asarray([[[0.5, -1.0], [2.0, 0.0]]], np.float32)
     silu = lambda v: v / (1 + np.exp(-v))  # noqa: E731
-    y = Projector(1, 2, hidden=2).apply({"params": params}, jnp.asarray(h), (2, 1))
+    y = Projector(1, 2, hidden=2).apply({"params": params}, {1: jnp.asarray(h)}, (2, 1))
     assert y.shape == (1, 2, 1, 2)
     np.testing.assert_allclose(y[:, :, 0], silu(2 * silu(h) + 1) + 10, rtol=1e-6)
 
@@ -54,7 +54,7 @@ def test_the_convolution_sees_the_neighbours_on_the_grid():
     net = Projector(1, 1, conv=True)
     params = {"conv": {"kernel": jnp.asarray([[1, 2, 3], [4, 5, 6], [7, 8, 9.0]])[..., None, None], "bias": jnp.ones(1)}}
     h = jnp.zeros((1, 12, 1)).at[0, 5].set(1.0)  # row 1, column 1 of 3 x 4
-    y = net.apply({"params": params}, h, (3, 4))[0, :, :, 0]
+    y = net.apply({"params": params}, {1: h}, (3, 4))[0, :, :, 0]
     np.testing.assert_array_equal(y - 1, [[9, 8, 7, 0], [6, 5, 4, 0], [3, 2, 1, 0]])
 
 
@@ -91,6 +91,22 @@ def test_scanned_equals_unrolled(name):
     flat |= {f"block_{i}": jax.tree.map(lambda v, i=i: v[i], layers) for i in range(3)}
     for ours, theirs in zip(apply(params), unrolled(flat), strict=True):
         close(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("scan", [True, False])
+def test_several_layers_have_a_head_each(name, scan):
+    """The networks that read one of them, with its head, make the same features, in the order in which the layers were named."""
+    _, params, apply = case(name, layer=(3, 1), scan=scan)
+    y, both = apply(params)
+    assert both.shape == (2, 2, 3, 10)
+    for i, layer in enumerate((3, 1)):
+        _, _, alone = case(name, layer=layer, scan=scan)
+        head = {k.removesuffix(f"_{layer}"): v for k, v in params["projector"].items() if k.endswith(f"_{layer}")}
+        assert len(head) == 3
+        same_y, one = alone(params | {"projector": head})
+        close(same_y, y, 1e-5)
+        close(both[..., 5 * i : 5 * i + 5], one, 1e-5)
 
 
 def test_the_token_of_a_patch_stands_at_its_place():
@@ -151,6 +167,9 @@ def test_sharded_equals_one_device(fields):
     [
         ({**HEAD, "layer": 0}, "model.projector.layer = 0; valid: 1 to 3"),
         ({**HEAD, "layer": 4}, "model.projector.layer = 4; valid: 1 to 3"),
+        ({**HEAD, "layer": (1, 4)}, r"model.projector.layer = \(1, 4\); valid: 1 to 3, or several of them, each once"),
+        ({**HEAD, "layer": (1, 1)}, r"model.projector.layer = \(1, 1\); valid: 1 to 3"),
+        ({**HEAD, "layer": ()}, r"model.projector.layer = \(\); valid: 1 to 3"),
         ({**HEAD, "size": 4}, "model.projector.size is unknown; valid: layer, features, hidden, conv"),
         ({"layer": 1}, "model.projector lacks features"),
         ({**HEAD, "conv": True, "hidden": 8}, "model.projector.hidden = 8 does nothing with model.projector.conv"),

@@ -272,9 +272,9 @@ class DiT(nn.Module):
         fields += (self.attention, self.dtype, train)
         wanted = project or (self.projector is not None and self.is_initializing())
         projector = projectors.build(self.projector, self.depth, self.dtype) if wanted else None
-        tap = projector.layer if wanted else 0
-        h, kept = stack(Block, fields, self.depth, scan=self.scan, remat=self.remat, tap=tap)(h, c, context, angles)
-        projection = projector(kept[:, : grid[0] * grid[1]], grid) if wanted else None
+        taps = projector.layers if wanted else ()
+        h, kept = stack(Block, fields, self.depth, scan=self.scan, remat=self.remat, taps=taps)(h, c, context, angles)
+        projection = projector({k: v[:, : grid[0] * grid[1]] for k, v in kept.items()}, grid) if wanted else None
         if self.conditioning == "in_context":
             h = h[:, :-extra]
         y = Head(self.patch**2 * out_channels, self.conditioning, self.norm, self.dtype, name="final")(h, c)

@@ -91,7 +91,8 @@ def transformer(
         raise ConfigError(f"model.heads = {heads} does not divide model.width = {x.shape[-1]}")
     x = constrain(x.astype(dtype), "batch", "seq", "act")
     fields = heads, hidden, mlp, eps, layerscale, attention, dtype
-    return stack(Block, fields, depth, remat=remat, tap=tap)(x, mask)
+    x, kept = stack(Block, fields, depth, remat=remat, taps=(tap,))(x, mask)
+    return x, kept.get(tap)
 
 
 def causal(length: int) -> jax.Array:

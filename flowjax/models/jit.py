@@ -112,15 +112,15 @@ class JiT(nn.Module):
 
         wanted = project or (self.projector is not None and self.is_initializing())
         projector = projectors.build(self.projector, self.depth, self.dtype) if wanted else None
-        tap = projector.layer if wanted else 0
+        taps = projector.layers if wanted else ()
 
         alone = self.depth if context is None else self.context_from
-        h, kept = self._layers("blocks", 0, alone, train, tap)(h, c, None, angles)
+        h, kept = self._layers("blocks", 0, alone, train, taps)(h, c, None, angles)
         if context is not None:
             h = constrain(jnp.concatenate([h, context.astype(self.dtype)], axis=1), "batch", "seq", "act")
             angles = jnp.pad(angles, ((0, context.shape[1]), (0, 0)))  # these tokens have no place in the image: angle 0
-            h, later = self._layers("context_blocks", alone, self.depth - alone, train, tap)(h, c, None, angles)
-            h, kept = h[:, :count], kept if later is None else later[:, :count]
+            h, later = self._layers("context_blocks", alone, self.depth - alone, train, taps)(h, c, None, angles)
+            h, kept = h[:, :count], kept | {k: v[:, :count] for k, v in later.items()}
         projection = projector(kept, grid) if wanted else None
 
         y = Head(self.patch**2 * (self.out_channels or channels), "adaln_zero", "rms", self.dtype, name="final")(h, c)
@@ -142,16 +142,15 @@ class JiT(nn.Module):
             context.append(L.Linear(self.width, ("small", "embed"), name="text_embed")(sequence))
         return vector, constrain(jnp.concatenate(context, axis=1), "batch", "seq", "act") if context else None
 
-    def _layers(self, name: str, first: int, length: int, train: bool, tap: int):
-        """The stack of the layers first .. first + length - 1; tap counts from the first of all."""
+    def _layers(self, name: str, first: int, length: int, train: bool, taps: tuple):
+        """The stack of the layers first .. first + length - 1."""
         fields = self.heads, int(self.mlp_ratio * self.width * 2 / 3), "adaln_zero", "rms", True, "swiglu", self.dropout
         fields += self.attention, self.dtype, train
         drops = None
         if train and self.dropout:
             number = jnp.arange(first, first + length)
             drops = (self.depth // 4 <= number) & (number < self.depth // 4 * 3)
-        tap = tap - first if first < tap <= first + length else 0
-        return stack(Block, fields, length, name=name, first=first, scan=self.scan, remat=self.remat, tap=tap, each=drops)
+        return stack(Block, fields, length, name=name, first=first, scan=self.scan, remat=self.remat, taps=taps, each=drops)
 
     def _check(self, height: int, width: int):
         check_sizes(self, height, width)

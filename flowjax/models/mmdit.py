@@ -223,7 +223,7 @@ class MMDiT(nn.Module):
 
         wanted = project or (self.projector is not None and self.is_initializing())
         projector = projectors.build(self.projector, self.depth, self.dtype) if wanted else None
-        image, kept = self._layers(train, projector.layer if wanted else 0, (text, image), c, angles)
+        image, kept = self._layers(train, projector.layers if wanted else (), (text, image), c, angles)
         projection = projector(kept, grid) if wanted else None
         y = Head(self.patch**2 * (self.out_channels or channels), "adaln_zero", "layer", self.dtype, name="final")(image, c)
         y = unpatchify(constrain(y, "batch", "seq", "act"), self.patch, height, width)
@@ -245,9 +245,9 @@ class MMDiT(nn.Module):
             return jax.lax.stop_gradient(held((row[:, None] * self.table + column).ravel()))
         return grid_sincos(self.width, self.base / self.table * row, self.base / self.table * column)
 
-    def _layers(self, train, tap, streams, c, angles):
-        """The image's tokens after all layers and after layer `tap`."""
-        last, image_at_tap = self.depth - 1, None
+    def _layers(self, train, taps, streams, c, angles):
+        """The image's tokens after all layers and {layer: those after it} for `taps`."""
+        last, images = self.depth - 1, {}
         for name, first, end, dual in (
             ("dual_blocks", 0, self.dual, True),
             ("blocks", self.dual, last, False),
@@ -257,11 +257,10 @@ class MMDiT(nn.Module):
                 continue
             fields = self.heads, int(self.mlp_ratio * self.width), self.qk_norm, dual, first == last
             fields += self.dropout, self.attention, self.dtype, train
-            here = tap - first if first < tap <= end else 0
-            how = {"name": name, "first": first, "scan": self.scan and first < last, "remat": self.remat, "tap": here}
+            how = {"name": name, "first": first, "scan": self.scan and first < last, "remat": self.remat, "taps": taps}
             streams, kept = stack(JointBlock, fields, end - first, **how)(streams, c, angles)
-            image_at_tap = kept[1] if here else image_at_tap
-        return streams[1], image_at_tap
+            images |= {layer: image for layer, (_, image) in kept.items()}
+        return streams[1], images
 
     @property
     def unread(self) -> dict[str, str]:

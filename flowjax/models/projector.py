@@ -14,14 +14,15 @@ class Projector(nn.Module):
     """Hidden tokens (B, N, D) of a grid -> (B, rows, columns, features) float32.
 
     Fields:
-      layer: the layer of the denoiser, counted from 1, after which the tokens are taken.
+      layer: the layer of the denoiser, counted from 1, after which the tokens are taken. Several, each with a head of its own, make
+        `features` features each, one behind the other: discriminators judge by many layers (LADD, 2403.12015).
       features: width of the encoder's tokens.
       hidden: of the three linear maps of each token, with SiLU between them.
       conv: one 3x3 convolution over the grid instead, which keeps neighbours apart better (iREPA, 2512.10794).
       dtype: of the products.
     """
 
-    layer: int
+    layer: int | tuple[int, ...]
     features: int
     hidden: int = 2048
     conv: bool = False
@@ -32,15 +33,26 @@ class Projector(nn.Module):
         """Fields that do nothing beside the others, and why."""
         return {"hidden": "with model.projector.conv"} if self.conv else {}
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """`layer` as a tuple."""
+        return (self.layer,) if isinstance(self.layer, int) else tuple(self.layer)
+
     @nn.compact
-    def __call__(self, h: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    def __call__(self, states: dict[int, jax.Array], grid: tuple[int, int]) -> jax.Array:
+        """states: {layer: hidden tokens after it}."""
+        if isinstance(self.layer, int):
+            return self._head(states[self.layer], grid, "")
+        return jnp.concatenate([self._head(states[layer], grid, f"_{layer}") for layer in self.layers], axis=-1)
+
+    def _head(self, h: jax.Array, grid: tuple[int, int], suffix: str) -> jax.Array:
         if self.conv:
             h = rearrange(h, "b (r c) d -> b r c d", r=grid[0])
-            y = L.Conv(self.features, kernel_init=L.xavier, dtype=self.dtype, name="conv")(h)
+            y = L.Conv(self.features, kernel_init=L.xavier, dtype=self.dtype, name=f"conv{suffix}")(h)
         else:
-            h = nn.silu(L.Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="fc1")(h))
-            h = nn.silu(L.Linear(self.hidden, ("mlp", "embed"), dtype=self.dtype, name="fc2")(h))
-            y = L.Linear(self.features, ("embed", "small"), dtype=self.dtype, name="fc3")(h)
+            h = nn.silu(L.Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name=f"fc1{suffix}")(h))
+            h = nn.silu(L.Linear(self.hidden, ("mlp", "embed"), dtype=self.dtype, name=f"fc2{suffix}")(h))
+            y = L.Linear(self.features, ("embed", "small"), dtype=self.dtype, name=f"fc3{suffix}")(h)
             y = rearrange(constrain(y, "batch", "seq", "act"), "b (r c) d -> b r c d", r=grid[0])
         return y.astype(jnp.promote_types(y.dtype, jnp.float32))
 
@@ -50,6 +62,9 @@ def build(section, depth: int, dtype: str) -> Projector:
     if section is None:
         raise config.ConfigError("model.projector is missing: a section such as {'layer': 8, 'features': 768}")
     fields = config.check(Projector, section, "model.projector", given=("parent", "name", "dtype"))
-    if not 1 <= fields["layer"] <= depth:
-        raise config.ConfigError(f"model.projector.layer = {fields['layer']}; valid: 1 to {depth}")
+    layer = fields["layer"]
+    layers = list(layer) if isinstance(layer, list | tuple) else [layer]
+    if not layers or len({*layers}) < len(layers) or not all(isinstance(n, int) and 1 <= n <= depth for n in layers):
+        raise config.ConfigError(f"model.projector.layer = {layer}; valid: 1 to {depth}, or several of them, each once")
+    fields["layer"] = tuple(layers) if layers != [layer] else layer
     return config.refuse_unread(Projector(**fields, dtype=dtype, name=L.PROJECTOR), section, "model.projector")

@@ -1,4 +1,4 @@
-"""A stack of equal layers, scanned or unrolled, from which the state after one of them can be read."""
+"""A stack of equal layers, scanned or unrolled, from which the states after some of them can be read."""
 
 import re
 from collections.abc import Mapping
@@ -16,27 +16,29 @@ NAMES = ("dual_blocks", "blocks", "double_blocks", "context_blocks", "single_blo
 UNROLLED = "unrolled"
 
 
-def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", first=0, scan=True, remat="none", tap=0, each=None):
-    """The function (h, *inputs) -> (h after all layers, h after layer `tap`), for the compact method of a network.
+def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", first=0, scan=True, remat="none", taps=(), each=None):
+    """The function (h, *inputs) -> (h after all layers, {layer: h after it}), for the compact method of a network.
 
     layer(*fields) maps (h, *inputs) to (h, None); h is an array or a tree of them. Scanned layers (scan = True) share one parameter
     `name` with a leading axis. So do those of scan = "unrolled", whose loop is written out in the program: it takes longer to compile,
     and nothing that the backward pass reads is copied into stacks of all layers and out again, which costs GPUs a tenth of a step. With
-    scan = False they are "block_<first>", "block_<first + 1>", ... `tap` counts layers from 1; 0 reads nothing, returns None and costs
-    nothing. each: a tree of arrays (length, ...), of which a layer gets its row as the last input.
+    scan = False they are "block_<first>", "block_<first + 1>", ... taps: numbers of the layers to read, counted from 1 at the network's
+    first, of which this stack begins behind `first`; others are for other stacks. each: a tree of arrays (length, ...), of which a layer
+    gets its row as the last input.
     """
     if scan not in (True, False, UNROLLED):
         raise ConfigError(f"model.scan = {scan!r} is unknown; valid: True, False, {UNROLLED!r}")
     if remat != "none":
         layer = nn.remat(layer, prevent_cse=not scan, policy=REMAT[remat])
+    taps = sorted({tap for tap in taps if first < tap <= first + length})
     if not scan:
 
         def run(h, *inputs):
-            kept = None
+            kept = {}
             for i in range(length):
                 row = () if each is None else (jax.tree.map(lambda v, i=i: v[i], each),)
                 h, _ = layer(*fields, name=f"block_{first + i}")(h, *inputs, *row)
-                kept = h if i + 1 == tap else kept
+                kept |= {first + i + 1: h} if first + i + 1 in taps else {}
             return h, kept
 
         return run
@@ -44,9 +46,8 @@ def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", 
     def body(block, carry, number, row, *inputs):
         h, kept = carry
         h, _ = block(h, *inputs, *row)
-        if tap:
-            # The carry costs one select per layer and memory for one state; the scan's outputs would hold all of them.
-            kept = jax.tree.map(lambda new, old: jnp.where(number == tap, new, old), h, kept)
+        # Each in the carry costs one select per layer and memory for one state; the scan's outputs would hold those of all layers.
+        kept = {tap: jax.tree.map(lambda new, old, tap=tap: jnp.where(number == tap, new, old), h, old) for tap, old in kept.items()}
         return (h, kept), None
 
     def scanned(h, *inputs):
@@ -59,8 +60,8 @@ def stack(layer: type[nn.Module], fields: tuple, length: int, *, name="blocks", 
             metadata_params={nn.PARTITION_NAME: "layers"},
             unroll=length if scan == UNROLLED else 1,
         )
-        numbers = jnp.arange(1, length + 1) if tap else None
-        (h, kept), _ = run(layer(*fields, name=name), (h, h if tap else None), numbers, () if each is None else (each,), *inputs)
+        numbers = first + jnp.arange(1, length + 1) if taps else None
+        (h, kept), _ = run(layer(*fields, name=name), (h, dict.fromkeys(taps, h)), numbers, () if each is None else (each,), *inputs)
         return h, kept
 
     return scanned

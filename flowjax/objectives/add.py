@@ -10,8 +10,8 @@ wraps the teacher.
 Sample the student with sampler "renoise" and `steps` steps.
 
 With roles.encoder, a frozen image encoder, ADD's discriminator judges by its tokens, as in the paper, which conditions it as well and
-penalises its gradient. Not here either: LADD's heads on every layer (there is one projector, on one layer) and its training on images
-that the teacher makes.
+penalises its gradient: not here. LADD's has a head on every layer if model.projector.layer names all of them; the images that the teacher
+makes, on which the paper trains, are data like others (tools.make_images).
 """
 
 import jax

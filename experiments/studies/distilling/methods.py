@@ -180,9 +180,11 @@ def matching(steps, regression=0.0):
     return method
 
 
-def judging(part, seed, optimizer):
-    """A discriminator that is the teacher's network with a head on its features, which the plane's have none of."""
-    model = part.own(seed)["model"] | {"projector": {"layer": 2, "features": 1, "hidden": 64}}
+def judging(part, seed, optimizer, every=False):
+    """A discriminator that is the teacher's network with a head on its second layer, or on every one; the plane's have none."""
+    model = part.own(seed)["model"]
+    layer = tuple(range(1, model["depth"] + 1)) if every else 2
+    model = model | {"projector": {"layer": layer, "features": 1, "hidden": 64}}
     return {"checkpoint": str(part.start(seed)), "model": model, "optimizer": optimizer}
 
 
@@ -208,7 +210,8 @@ def gan(adapter):
 
 
 def adversarial(latent):
-    """ADD with a discriminator of clean images, or LADD with one of noisy ones, the teacher's features."""
+    """ADD with a discriminator of clean images, or LADD with one of noisy ones, heads on every layer of the teacher, which learn faster
+    than the student: one on one layer, as fast as the student, is fooled for good."""
 
     def method(part, seed):
         if part.base == "mix4":
@@ -216,14 +219,15 @@ def adversarial(latent):
         start = {"checkpoint": str(part.start(seed))}
         if latent:
             objective = {"distill": 0.0, "gan_time": {"name": "logit_normal", "mean": 1.0, "std": 1.0}}
-            roles = {"net": start, "discriminator": judging(part, seed, adam(part) | {"rules": [{"match": "^(?!projector)", "rate": 0.0}]})}
+            heads = adam(part, rate=2.0) | {"rules": [{"match": "^(?!projector)", "rate": 0.0}]}
+            roles = {"net": start, "discriminator": judging(part, seed, heads, every=True)}
         else:
             objective = {"distill": 2.5}
             judge = {"model": {"name": "patch_gan", "channels": 32, "layers": 1, "groups": 8}, "optimizer": adam(part)}
             roles = {"net": start, "teacher": part.teacher(seed), "discriminator": judge}
         name = "ladd" if latent else "add"
         objective = {"name": "adversarial_distillation", "steps": 4, **objective}
-        made = part.train(name, seed, objective, roles, guided=not latent, optimizer=adam(part))
+        made = part.train(name, seed, objective, roles, guided=not latent, optimizer=adam(part, rate=0.1 if latent else 0.5))
         return {n: how for n, how in always(part, made, "renoise").items() if objective["steps"] % n == 0}  # at other times it was never asked
 
     return method
