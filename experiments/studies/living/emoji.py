@@ -73,11 +73,11 @@ class Emoji(Life):
         path, own = emoji.data(), f"{SIZE}:{emoji.data()}"
         old, new = self.part("people", "old"), self.part("things", "new")
         usual = {"optimizer": {"name": "adamw", "schedule": {"name": "cosine", "rate": 1e-3, "warmup": 50}, "clip": 1.0}}
-        base = self.trained("pretrained", "emoji_pixel", 1200, own, data=old, **usual)
+        base = self.trained("pretrained", "emoji_pixel", 900, own, data=old, **usual)
         yield "pre-training on people", base, USUAL
         usual["optimizer"] = usual["optimizer"] | {"rules": ({"match": r"^block_\d+/", "layer_decay": 0.8},)}
         mixed = {"name": "mixture", "parts": (new, old), "weights": (0.7, 0.3)}
-        more = self.trained("continued", "emoji_pixel", 900, own, data=mixed, roles={"net": begins(base)}, **usual)
+        more = self.trained("continued", "emoji_pixel", 600, own, data=mixed, roles={"net": begins(base)}, **usual)
         yield "continued training on things, 30 % replay", more, USUAL
         images = f"--data={{'name': 'array_record', 'path': '{path}'}}"
         curated = self.made("curated", "tools.curate", images, "--reward=symmetry", "--best=0.2")
@@ -98,7 +98,7 @@ class Emoji(Life):
         yield "ReFL by the reward model", ways["refl"], USUAL
         grpo = {"name": "flow_grpo", "reward": {"model": 1.0, REWARD: 0.0}, "group": 16, "steps": 8, "clip": 0.1, "beta": 0.1}
         way["roles"] = {"net": begins(tuned) | {"updates": 2}, "reference": begins(tuned), "reward": begins(judge)}
-        ways["grpo"] = self.trained("grpo", "emoji_pixel", 60, own, objective=grpo, **way, **slow)
+        ways["grpo"] = self.trained("grpo", "emoji_pixel", 40, own, objective=grpo, **way, **slow)
         yield "Flow-GRPO by the reward model", ways["grpo"], USUAL
         dpo = {"name": "diffusion_dpo", "beta": 200.0, "form": "velocity", "time": self.plain["time"]}
         slow["optimizer"] = slow["optimizer"] | {"schedule": {"name": "constant", "rate": 5e-5, "warmup": 20}}
@@ -110,7 +110,7 @@ class Emoji(Life):
         prior = f"--checkpoint={chosen.absolute()}", f"--prompt={CLASS}", f"--count={self.few(200, 20)}", f"--guidance={GUIDANCE}", "--steps=25"
         prior, subject = self.made(f"prior_{way}", "tools.make_images", *prior), personal.subject()
         both = {"name": "mixture", "parts": (self.images(subject), self.images(prior)), "weights": (1.0, 1.0), "prior": (1,)}
-        named = self.trained(f"dreambooth_{way}", "emoji_dreambooth", 300, f"{path},{subject},{prior}", data=both, roles={"net": begins(chosen)})
+        named = self.trained(f"dreambooth_{way}", "emoji_dreambooth", 200, f"{path},{subject},{prior}", data=both, roles={"net": begins(chosen)})
         yield f"DreamBooth of an emoji held out, LoRA on {way}", named, USUAL
         cd = {
             "name": "consistency_distillation", "steps": 16, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03,
@@ -120,7 +120,7 @@ class Emoji(Life):
         averages = {"ema": {"name": "warmup", "decay": 0.99}, "target": {"name": "constant", "decay": 0.95}}
         taught = {"name": "mixture", "parts": (whole, self.images(subject)), "weights": (0.9, 0.1)}  # else it never hears the new word
         student = self.trained(
-            f"student_{way}", "emoji_pixel", 300, own, objective=cd, data=taught, ema=averages, **slow,
+            f"student_{way}", "emoji_pixel", 200, own, objective=cd, data=taught, ema=averages, **slow,
             roles={"net": begins(named), "teacher": begins(named)}, sample={"guidance": "none", **FEW},
         )  # fmt: skip
         yield f"student of it in two steps (guidance {GUIDANCE:g} baked in)", student, FEW
