@@ -218,8 +218,8 @@ def adversarial(latent):
             return {}
         start = {"checkpoint": str(part.start(seed))}
         if latent:
-            objective = {"distill": 0.0, "gan_time": {"name": "logit_normal", "mean": 1.0, "std": 1.0}}
-            heads = adam(part, rate=2.0) | {"rules": [{"match": "^(?!projector)", "rate": 0.0}]}
+            objective = {"distill": 0.0, "gan_time": {"name": "logit_normal", "mean": 0.0, "std": 1.0}}
+            heads = adam(part, rate=4.0) | {"rules": [{"match": "^(?!projector)", "rate": 0.0}]}
             roles = {"net": start, "discriminator": judging(part, seed, heads, every=True)}
         else:
             objective = {"distill": 2.5}
