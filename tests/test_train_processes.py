@@ -185,8 +185,9 @@ def test_a_killed_process_ends_the_job_which_resumes(victim, tmp_path):
         if i == victim:
             assert code == -signal.SIGKILL
         elif victim or code == 4:
-            assert code == 4 and f"error: process {i} of 3 cannot go on, most likely because another one ended: " in out, out
-            assert "the same command resumes from the last checkpoint" in out and "Traceback" not in out
+            before, plain, rest = out.partition(f"error: process {i} of 3 cannot go on, most likely because another one ended: ")
+            assert code == 4 and plain and "the same command resumes from the last checkpoint" in rest and "Traceback" not in rest, out
+            assert "Traceback" not in before or "async_checkpointer" in before, out  # orbax tells of a save that was under way
         else:  # jax may notice the loss of process 0, which coordinates, before we do, and ends the process itself
             assert code == -signal.SIGABRT and "another task died" in out, out
     last = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
