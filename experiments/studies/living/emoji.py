@@ -10,7 +10,7 @@ from experiments.studies.living.base import PREFERENCE, Life, begins
 from flowjax.config import ConfigError
 
 SIZE, DOMAIN = 32, "skin tone"  # of the images; what the captions of the first domain say
-REWARD, GUIDANCE, PROMPTS = "red", 2.0, 100
+REWARD, GUIDANCE, PROMPTS = "red", 2.0, 50
 SUBJECT, CLASS = f"{personal.WORD} {personal.CLASS}", personal.CLASS
 USUAL, FEW = {"guidance": GUIDANCE}, {"steps": 2, "sampler": "renoise"}
 SHOWN = (
@@ -94,23 +94,23 @@ class Emoji(Life):
         refl = {"name": "reward_feedback", "reward": {"model": 1.0, REWARD: 0.0}, "steps": 10, "through": 1, "late": 4, "strength": 0.1}
         refl |= {"pretrain": 1.0, "time": self.plain["time"], "weight": self.plain["weight"]}
         slow["optimizer"] = slow["optimizer"] | {"schedule": {"name": "constant", "rate": 1e-4, "warmup": 10}}
-        ways = {"refl": self.trained("refl", "emoji_pixel", 60, own, objective=refl, **way, **slow)}
+        ways = {"refl": self.trained("refl", "emoji_pixel", 50, own, objective=refl, **way, **slow)}
         yield "ReFL by the reward model", ways["refl"], USUAL
         grpo = {"name": "flow_grpo", "reward": {"model": 1.0, REWARD: 0.0}, "group": 16, "steps": 8, "clip": 0.1, "beta": 0.1}
         way["roles"] = {"net": begins(tuned) | {"updates": 2}, "reference": begins(tuned), "reward": begins(judge)}
-        ways["grpo"] = self.trained("grpo", "emoji_pixel", 40, own, objective=grpo, **way, **slow)
+        ways["grpo"] = self.trained("grpo", "emoji_pixel", 30, own, objective=grpo, **way, **slow)
         yield "Flow-GRPO by the reward model", ways["grpo"], USUAL
         dpo = {"name": "diffusion_dpo", "beta": 200.0, "form": "velocity", "time": self.plain["time"]}
         slow["optimizer"] = slow["optimizer"] | {"schedule": {"name": "constant", "rate": 5e-5, "warmup": 20}}
         way = {"data": {"name": "preferences", "path": str(pairs), "text": self.text}, "ema": {"ema": {"name": "constant", "decay": 0.98}}}
-        ways["dpo"] = self.trained("dpo", "emoji_pixel", 200, own, objective=dpo, **way, **slow, roles={"net": begins(tuned), "reference": begins(tuned)})
+        ways["dpo"] = self.trained("dpo", "emoji_pixel", 120, own, objective=dpo, **way, **slow, roles={"net": begins(tuned), "reference": begins(tuned)})
         yield "Diffusion-DPO on its preferences", ways["dpo"], USUAL
 
         way, chosen = PREFERENCE.value, ways[PREFERENCE.value]
         prior = f"--checkpoint={chosen.absolute()}", f"--prompt={CLASS}", f"--count={self.few(200, 20)}", f"--guidance={GUIDANCE}", "--steps=25"
         prior, subject = self.made(f"prior_{way}", "tools.make_images", *prior), personal.subject()
         both = {"name": "mixture", "parts": (self.images(subject), self.images(prior)), "weights": (1.0, 1.0), "prior": (1,)}
-        named = self.trained(f"dreambooth_{way}", "emoji_dreambooth", 200, f"{path},{subject},{prior}", data=both, roles={"net": begins(chosen)})
+        named = self.trained(f"dreambooth_{way}", "emoji_dreambooth", 150, f"{path},{subject},{prior}", data=both, roles={"net": begins(chosen)})
         yield f"DreamBooth of an emoji held out, LoRA on {way}", named, USUAL
         cd = {
             "name": "consistency_distillation", "steps": 16, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03,
@@ -120,7 +120,7 @@ class Emoji(Life):
         averages = {"ema": {"name": "warmup", "decay": 0.99}, "target": {"name": "constant", "decay": 0.95}}
         taught = {"name": "mixture", "parts": (whole, self.images(subject)), "weights": (0.9, 0.1)}  # else it never hears the new word
         student = self.trained(
-            f"student_{way}", "emoji_pixel", 200, own, objective=cd, data=taught, ema=averages, **slow,
+            f"student_{way}", "emoji_pixel", 120, own, objective=cd, data=taught, ema=averages, **slow,
             roles={"net": begins(named), "teacher": begins(named)}, sample={"guidance": "none", **FEW},
         )  # fmt: skip
         yield f"student of it in two steps (guidance {GUIDANCE:g} baked in)", student, FEW
@@ -134,12 +134,12 @@ class Emoji(Life):
         """(reward model, pairs of the fine-tuned network's samples that it learned from), on two towers of its own."""
         prompts = self.file("prompts.txt")
         prompts.write_text("\n".join(caption for domain in self.domains for caption in self.asked(domain)[2]))
-        how = f"--prompts={prompts}", f"--pairs={self.few(800, 2 * PROMPTS)}", "--candidates=2", f"--reward={REWARD}", "--steps=10", "--seed=1"
+        how = f"--prompts={prompts}", f"--pairs={self.few(400, 2 * PROMPTS)}", "--candidates=2", f"--reward={REWARD}", "--steps=10", "--seed=1"
         pairs = self.made("pairs", "tools.prefer", f"--checkpoint={tuned.absolute()}", *how, f"--guidance={GUIDANCE}", "--holdout=0.1")
         sees = lambda towers: towers | {"image": {**towers["image"], "grid": SIZE // towers["image"]["patch"]}}  # noqa: E731
         towers = sees(common.config("emoji_clip", emoji.data())["model"])
-        start = self.trained("towers", "emoji_clip", 400, emoji.data(), seed=3000, data=self.images(emoji.data()), model=towers)
-        return self.trained("judge", "emoji_reward", 300, f"{pairs},{emoji.data()}", model={"backbone": towers}, roles={"net": begins(start)}), pairs
+        start = self.trained("towers", "emoji_clip", 300, emoji.data(), seed=3000, data=self.images(emoji.data()), model=towers)
+        return self.trained("judge", "emoji_reward", 200, f"{pairs},{emoji.data()}", model={"backbone": towers}, roles={"net": begins(start)}), pairs
 
     def figures(self, workdir, how):
         return common.kept(workdir, {"lifecycle_emoji": PROMPTS, "how": how}, lambda: self.measured(workdir, how))
