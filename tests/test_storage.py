@@ -18,6 +18,7 @@ from flowjax.data import pipeline, records
 from flowjax.evals import image
 from flowjax.train import assembly, export, log, loop, pictures
 from flowjax.train.goodput import Goodput
+from tools import bench
 from train_runs import tiny
 
 
@@ -122,6 +123,9 @@ def test_data_and_their_tokenizer_are_read_from_a_bucket(bucket, tmp_path, monke
     np.testing.assert_array_equal(image.quantise(found["x"]), images)
     assert found["cond"]["tokens"].tolist() == [[2, 0, 0], [1, 2, 0]] * 3
     assert len(asked) > 1 and all(shard.startswith("gs://bucket/run/train-") for shard in asked)
+    promised = {"name": "array_record", "path": "gs://bucket/run", "expect_shape": (8, 8, 3), "expect_classes": 0}
+    with pytest.raises(ConfigError, match=r"shape of the examples: \(4, 4, 3\), but data.expect_shape"):
+        bench.assembled(tiny(data=promised))  # looks at data that are there, as Run does
     manifest = records.read_manifest("gs://bucket/run")
     assert records.damaged("gs://bucket/run", manifest, thorough=True) == []
     whole = pathlib.Path(asked[0]).name

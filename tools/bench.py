@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 from experiments import shell
-from flowjax import conditions, generate, times
+from flowjax import conditions, generate, storage, times
 from flowjax.config import ConfigError, keywords, split
 from flowjax.data.pipeline import pipeline
 from flowjax.models import flops
@@ -98,7 +98,7 @@ def assembled(config) -> Run:
     """A Run on its data or, where these are not here, on what the config promises that they are."""
     config = settings.resolve(config)
     section = config["data"]
-    here = isinstance(section, str) or pathlib.Path(section.get("path", ".")).expanduser().exists()
+    here = isinstance(section, str) or storage.path(section.get("path", ".")).exists()
     return Run(config) if here else assemble(config, None)
 
 
