@@ -63,8 +63,9 @@ def build(section, depth: int, dtype: str) -> Projector:
         raise config.ConfigError("model.projector is missing: a section such as {'layer': 8, 'features': 768}")
     fields = config.check(Projector, section, "model.projector", given=("parent", "name", "dtype"))
     layer = fields["layer"]
-    layers = list(layer) if isinstance(layer, list | tuple) else [layer]
+    several = isinstance(layer, list | tuple)
+    layers = tuple(layer) if several else (layer,)
     if not layers or len({*layers}) < len(layers) or not all(isinstance(n, int) and 1 <= n <= depth for n in layers):
         raise config.ConfigError(f"model.projector.layer = {layer}; valid: 1 to {depth}, or several of them, each once")
-    fields["layer"] = tuple(layers) if layers != [layer] else layer
+    fields["layer"] = layers if several else layer
     return config.refuse_unread(Projector(**fields, dtype=dtype, name=L.PROJECTOR), section, "model.projector")
