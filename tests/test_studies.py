@@ -250,14 +250,11 @@ def lives(tmp_path, monkeypatch):
 
 def of_a_few_emoji(path):
     """A data set of captions of both domains, and the subject among those held out, with a tokenizer."""
-    captions = [f"{who} with {DOMAIN}" for who in ("man", "woman", "cook")] + ["red heart", "rainbow", "slice of pizza"]
+    captions = [f"{who} with medium skin tone" for who in ("man", "woman", "cook")] + ["red heart", "rainbow", "slice of pizza"]
     rows = [("train", c, {"image": np.full((64, 64, 3), i, np.uint8), "caption": c}) for i, c in enumerate(captions)]
     rows.append(("test", "dog", {"image": np.zeros((64, 64, 3), np.uint8), "caption": "dog face"}))
     records.write(path, rows, name="few")
     text.learn(captions, 300).save(str(path / "tokenizer.json"))
-
-
-DOMAIN = "medium skin tone"
 
 
 @pytest.mark.parametrize("name, stages, runs, made", [("digits", 8, 9, 3), ("emoji", 8, 10, 5)])

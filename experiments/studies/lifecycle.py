@@ -8,7 +8,7 @@
     emoji    pre-training on people -> continued training on things, with replay -> fine-tuning on the most symmetric -> a reward model,
              taught to like red -> {ReFL | Flow-GRPO | Diffusion-DPO} by it -> DreamBooth as a LoRA -> a student of two steps
 
-Every stage is a config of configs/, begins with what the one before left, and is trained once and kept under --runs: the same command goes
+Every stage is a config of configs/ with changes, begins with what the one before left, and is trained once and kept under --runs: the same command goes
 on where it stopped. All three ways of preference are run; the one of --preference is carried on.
 """
 
@@ -38,10 +38,9 @@ def main():
         life.picture(life.result(name), workdir, how)
         shown += ["", f"{stage}:", "", f"![{stage}]({name}.png)"]
         print(rows[-1], flush=True)
-    told = f" --life={LIFE.value}{common.of_data()}" if LIFE.value != "digits" else ""
     text = [
-        "# The life of a network" + f", on {LIFE.value}" * (LIFE.value != "digits"), "",
-        f"`python -m experiments.study lifecycle{told} --preference={PREFERENCE.value} --shorten={SHORTEN.value:g}`: one seed,",
+        f"# The life of a network, on {LIFE.value}", "",
+        f"`python -m experiments.study lifecycle --life={LIFE.value}{common.of_data()} --preference={PREFERENCE.value} --shorten={SHORTEN.value:g}`: one seed,",
         *life.about, "Every stage begins with the weights of the one before; the three ways of preference all with the fine-tuned.", "",
         common.table(life.result(life.name), ["stage", "steps", "trained parameters", *life.columns.values()], rows), *shown,
     ]  # fmt: skip

@@ -16,10 +16,11 @@ PREFERENCE = flags.DEFINE_enum("preference", "dpo", ["refl", "grpo", "dpo"], "Th
 class Life:
     """A chain of stages on one data set.
 
-    name; about (lines of its page: what is measured, and how); columns, {figure: its heading}.
+    name; count (what its figures are measured on); about (lines of its page: what is measured, and how); columns, {figure: its heading}.
     """
 
     name: str
+    count: int
     about: tuple
     columns: dict
 
@@ -27,9 +28,13 @@ class Life:
         """(name, workdir, how to sample it) of every stage that makes images, in order."""
         raise NotImplementedError
 
-    def figures(self, workdir: pathlib.Path, how: dict) -> dict:
+    def measured(self, workdir: pathlib.Path, how: dict) -> dict:
         """{figure: number} of what a stage left, sampled so."""
         raise NotImplementedError
+
+    def figures(self, workdir: pathlib.Path, how: dict) -> dict:
+        """`measured`, kept beside the stage."""
+        return common.kept(workdir, {"life": self.name, "count": self.count, "how": how}, lambda: self.measured(workdir, how))
 
     def picture(self, name: str, workdir: pathlib.Path, how: dict):
         """Save samples of a stage as <name>.png."""

@@ -1,6 +1,5 @@
 """A life on scikit-learn's digits, asked for by class."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -23,9 +22,13 @@ class Digits(Life):
     }  # fmt: skip
 
     @property
+    def count(self):
+        return COUNT.value
+
+    @property
     def about(self):
         return (
-            f"{COUNT.value} samples a stage,",
+            f"{self.count} samples a stage,",
             "Heun with 25 steps and no guidance, but for the student. Agreement: a scikit-learn SVM finds the asked class. FD-pixels: Frechet",
             "distance of pixels to the 297 held-out digits. Distance to the subject: root mean square difference of pixels of the asked threes from",
             "the nearest of the five.",
@@ -61,17 +64,13 @@ class Digits(Life):
         student = self.trained(f"student_{way}", "digits_cd", 300, roles={"net": begins(personal), "teacher": begins(personal)})
         yield "student of it in two steps (guidance 2 baked in)", student, FEW
 
-    def figures(self, workdir: pathlib.Path, how: dict) -> dict:
+    def measured(self, workdir: pathlib.Path, how: dict) -> dict:
         from flowjax.data.pipeline import arrays
         from flowjax.evals import agreement, image, protocol, rewards
         from flowjax.evals.evaluate import evaluate
 
-        key = {"count": COUNT.value, "how": how}
-        file = workdir / "study" / f"lifecycle-{protocol.digest(key)}.json"
-        if file.exists():
-            return json.loads(file.read_text())
         real = {k: {"x": p["x"], "label": p["cond"]["label"]} for k, p in ((k, arrays("digits", k)) for k in ("train", "test"))}
-        labels = protocol.labels(COUNT.value, 10, "balanced", 0)
+        labels = protocol.labels(self.count, 10, "balanced", 0)
         x = common.samples(workdir, labels, **how)
         frechet = common.frechet(evaluate(x, labels, real, {"metrics": ("frechet",), "features": ("pixels",), "seed": 0, "sampled": True}))
         stored = image.quantise(x, sampled=True)
@@ -79,13 +78,10 @@ class Digits(Life):
         subject = arrays(SUBJECT)["x"].reshape(5, 1, -1)
         near = np.square(subject - np.clip(x[labels == 3], -1, 1).reshape(1, -1, 64)).mean(-1).min(0)
         group = lambda classes: 100 * float(seen[np.isin(labels, classes)].mean())  # noqa: E731
-        found = {
+        return {
             "old": group(OLD), "new": group(NEW), "frechet": frechet["distance"], "subject": float(np.sqrt(near).mean()),
             **{name: float(rewards.reward(name, stored, labels).mean()) for name in ("ink", "symmetry")},
         }  # fmt: skip
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(found, indent=1))
-        return found
 
     def picture(self, name, workdir, how):
         common.picture(name, workdir, rows=2, **how)

@@ -20,7 +20,7 @@ SHOWN = (
 
 
 class Emoji(Life):
-    name = "lifecycle_emoji"
+    name, count = "lifecycle_emoji", PROMPTS
     columns = {
         "old": "top-1 people %", "new": "top-1 things %", "red": "red", "model": "reward model", "symmetry": "symmetry", "subject": "to the subject",
         "class": f'"{CLASS}" to the subject',
@@ -34,9 +34,14 @@ class Emoji(Life):
     )
 
     @functools.cached_property
+    def plain(self) -> dict:
+        """The config of pre-training."""
+        return common.config("emoji_pixel", f"{SIZE}:{emoji.data()}")
+
+    @property
     def text(self) -> dict:
         """The tokenizer's section, wherever the images of a stage lie."""
-        return common.config("emoji_pixel", emoji.data())["data"]["text"]
+        return self.plain["data"]["text"]
 
     @functools.cached_property
     def domains(self) -> dict[str, np.ndarray]:
@@ -71,39 +76,37 @@ class Emoji(Life):
 
     def stages(self):
         path, own = emoji.data(), f"{SIZE}:{emoji.data()}"
+        stage = lambda name, steps, **changes: self.trained(name, "emoji_pixel", steps, own, **changes)  # noqa: E731
+        whole, law = self.images(path), self.plain["objective"]
+        short = lambda decay: {"ema": {"name": "constant", "decay": decay}}  # noqa: E731
         old, new = self.part("people", "old"), self.part("things", "new")
-        usual = {"optimizer": {"name": "adamw", "schedule": {"name": "cosine", "rate": 1e-3, "warmup": 50}, "clip": 1.0}}
-        base = self.trained("pretrained", "emoji_pixel", 900, own, data=old, **usual)
+        base = stage("pretrained", 900, data=old, optimizer=adamw("cosine", 1e-3, 50))
         yield "pre-training on people", base, USUAL
-        usual["optimizer"] = usual["optimizer"] | {"rules": ({"match": r"^block_\d+/", "layer_decay": 0.8},)}
         mixed = {"name": "mixture", "parts": (new, old), "weights": (0.7, 0.3)}
-        more = self.trained("continued", "emoji_pixel", 600, own, data=mixed, roles={"net": begins(base)}, **usual)
+        layers = {"rules": ({"match": r"^block_\d+/", "layer_decay": 0.8},)}
+        more = stage("continued", 600, data=mixed, roles={"net": begins(base)}, optimizer=adamw("cosine", 1e-3, 50) | layers)
         yield "continued training on things, 30 % replay", more, USUAL
         images = f"--data={{'name': 'array_record', 'path': '{path}'}}"
         curated = self.made("curated", "tools.curate", images, "--reward=symmetry", "--best=0.2")
-        chosen = {"name": "mixture", "parts": (self.images(curated), self.images(path)), "weights": (0.8, 0.2)}
-        slow = {"optimizer": {"name": "adamw", "clip": 1.0, "schedule": {"name": "constant", "rate": 1e-4, "warmup": 20}}}
-        tuned = self.trained(
-            "sft", "emoji_pixel", 200, own, data=chosen, roles={"net": begins(more)}, ema={"ema": {"name": "constant", "decay": 0.98}}, **slow
-        )
+        chosen = {"name": "mixture", "parts": (self.images(curated), whole), "weights": (0.8, 0.2)}
+        tuned = stage("sft", 200, data=chosen, roles={"net": begins(more)}, ema=short(0.98), optimizer=adamw("constant", 1e-4, 20))
         yield "fine-tuning on the most symmetric fifth", tuned, USUAL
 
         judge, pairs = self.judge(tuned)
-        roles, whole = {"net": begins(tuned), "reward": begins(judge)}, self.images(path)
-        way = {"data": whole, "roles": roles, "ema": {"ema": {"name": "constant", "decay": 0.9}}}
-        refl = {"name": "reward_feedback", "reward": {"model": 1.0, REWARD: 0.0}, "steps": 10, "through": 1, "late": 4, "strength": 0.1}
-        refl |= {"pretrain": 1.0, "time": self.plain["time"], "weight": self.plain["weight"]}
-        slow["optimizer"] = slow["optimizer"] | {"schedule": {"name": "constant", "rate": 1e-4, "warmup": 10}}
-        ways = {"refl": self.trained("refl", "emoji_pixel", 50, own, objective=refl, **way, **slow)}
+        asked = {"data": whole, "ema": short(0.9), "optimizer": adamw("constant", 1e-4, 10)}
+        refl = {
+            "name": "reward_feedback", "reward": {"model": 1.0, REWARD: 0.0}, "steps": 10, "through": 1, "late": 4, "strength": 0.1, "pretrain": 1.0,
+            "time": law["time"], "weight": law["weight"],
+        }  # fmt: skip
+        ways = {"refl": stage("refl", 50, objective=refl, roles={"net": begins(tuned), "reward": begins(judge)}, **asked)}
         yield "ReFL by the reward model", ways["refl"], USUAL
         grpo = {"name": "flow_grpo", "reward": {"model": 1.0, REWARD: 0.0}, "group": 16, "steps": 8, "clip": 0.1, "beta": 0.1}
-        way["roles"] = {"net": begins(tuned) | {"updates": 2}, "reference": begins(tuned), "reward": begins(judge)}
-        ways["grpo"] = self.trained("grpo", "emoji_pixel", 30, own, objective=grpo, **way, **slow)
+        roles = {"net": begins(tuned) | {"updates": 2}, "reference": begins(tuned), "reward": begins(judge)}
+        ways["grpo"] = stage("grpo", 30, objective=grpo, roles=roles, **asked)
         yield "Flow-GRPO by the reward model", ways["grpo"], USUAL
-        dpo = {"name": "diffusion_dpo", "beta": 200.0, "form": "velocity", "time": self.plain["time"]}
-        slow["optimizer"] = slow["optimizer"] | {"schedule": {"name": "constant", "rate": 5e-5, "warmup": 20}}
-        way = {"data": {"name": "preferences", "path": str(pairs), "text": self.text}, "ema": {"ema": {"name": "constant", "decay": 0.98}}}
-        ways["dpo"] = self.trained("dpo", "emoji_pixel", 120, own, objective=dpo, **way, **slow, roles={"net": begins(tuned), "reference": begins(tuned)})
+        dpo = {"name": "diffusion_dpo", "beta": 200.0, "form": "velocity", "time": law["time"]}
+        roles, paired = {"net": begins(tuned), "reference": begins(tuned)}, {"name": "preferences", "path": str(pairs), "text": self.text}
+        ways["dpo"] = stage("dpo", 120, objective=dpo, data=paired, roles=roles, ema=short(0.98), optimizer=adamw("constant", 5e-5, 20))
         yield "Diffusion-DPO on its preferences", ways["dpo"], USUAL
 
         way, chosen = PREFERENCE.value, ways[PREFERENCE.value]
@@ -116,19 +119,13 @@ class Emoji(Life):
             "name": "consistency_distillation", "steps": 16, "solver": "heun", "metric": "pseudo_huber", "huber": 0.03,
             "guidance": {"name": "cfg", "scale": GUIDANCE},
         }  # fmt: skip
-        slow["optimizer"] = slow["optimizer"] | {"schedule": {"name": "cosine", "rate": 5e-4, "warmup": 20}}
         averages = {"ema": {"name": "warmup", "decay": 0.99}, "target": {"name": "constant", "decay": 0.95}}
         taught = {"name": "mixture", "parts": (whole, self.images(subject)), "weights": (0.9, 0.1)}  # else it never hears the new word
-        student = self.trained(
-            f"student_{way}", "emoji_pixel", 120, own, objective=cd, data=taught, ema=averages, **slow,
+        student = stage(
+            f"student_{way}", 120, objective=cd, data=taught, ema=averages, optimizer=adamw("cosine", 5e-4, 20),
             roles={"net": begins(named), "teacher": begins(named)}, sample={"guidance": "none", **FEW},
         )  # fmt: skip
         yield f"student of it in two steps (guidance {GUIDANCE:g} baked in)", student, FEW
-
-    @property
-    def plain(self) -> dict:
-        """The objective of pre-training."""
-        return common.config("emoji_pixel", f"{SIZE}:{emoji.data()}")["objective"]
 
     def judge(self, tuned: pathlib.Path):
         """(reward model, pairs of the fine-tuned network's samples that it learned from), on two towers of its own."""
@@ -136,13 +133,10 @@ class Emoji(Life):
         prompts.write_text("\n".join(caption for domain in self.domains for caption in self.asked(domain)[2]))
         how = f"--prompts={prompts}", f"--pairs={self.few(400, 2 * PROMPTS)}", "--candidates=2", f"--reward={REWARD}", "--steps=10", "--seed=1"
         pairs = self.made("pairs", "tools.prefer", f"--checkpoint={tuned.absolute()}", *how, f"--guidance={GUIDANCE}", "--holdout=0.1")
-        sees = lambda towers: towers | {"image": {**towers["image"], "grid": SIZE // towers["image"]["patch"]}}  # noqa: E731
-        towers = sees(common.config("emoji_clip", emoji.data())["model"])
+        towers = common.config("emoji_clip", emoji.data())["model"]
+        towers["image"] = {**towers["image"], "grid": SIZE // towers["image"]["patch"]}
         start = self.trained("towers", "emoji_clip", 300, emoji.data(), seed=3000, data=self.images(emoji.data()), model=towers)
         return self.trained("judge", "emoji_reward", 200, f"{pairs},{emoji.data()}", model={"backbone": towers}, roles={"net": begins(start)}), pairs
-
-    def figures(self, workdir, how):
-        return common.kept(workdir, {"lifecycle_emoji": PROMPTS, "how": how}, lambda: self.measured(workdir, how))
 
     def measured(self, workdir: pathlib.Path, how: dict) -> dict:
         from flowjax.evals import image, rewards
@@ -174,6 +168,10 @@ class Emoji(Life):
 
         x = common.draw(workdir, {"tokens": self.tokens(workdir, [*SHOWN] * 2)}, 2 * len(SHOWN), **how)
         pictures.grid(x, common.HERE / "results" / f"{name}.png", columns=len(SHOWN))
+
+
+def adamw(schedule: str, rate: float, warmup: int) -> dict:
+    return {"name": "adamw", "clip": 1.0, "schedule": {"name": schedule, "rate": rate, "warmup": warmup}}
 
 
 def large(x: np.ndarray) -> np.ndarray:
